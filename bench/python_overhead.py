@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""What a call from Python costs beyond the C call that it makes.
+
+Method: the same call is made n times from a Python loop, and n times from a C loop inside the extension
+(`_C._time_calls`, which builds the argument struct once and calls fkda_prefill or fkda_decode with it).
+The difference of the two, less the Python loop itself, is the overhead: matching the arguments, reading
+the tensors, releasing the GIL, keeping the workspace. The two loops alternate, and of each the fastest of
+`--repeats` short rounds is taken: other work on the machine can only add to it. The problem is tiny (no
+tokens, or one token of one small head on one thread) so that the kernel's own time does not drown the
+difference.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import platform
+import subprocess
+import time
+
+import flash_kda
+import numpy as np
+from flash_kda import _C
+
+
+def problems(library):
+    def zeros(*shape):
+        return library(np.zeros(shape, np.float32))
+
+    for name, T in (("prefill T=0", 0), ("prefill T=1", 1)):
+        q, k, v, g, out = (zeros(1, T, 1, 64) for _ in range(5))
+        yield (
+            f"{name}, 6 tensors",
+            "fwd",
+            (q, k, v, g, zeros(1, T, 1), None, out, None, None, None),
+            {},
+        )
+        yield (
+            f"{name}, as FLA calls it, 11 tensors",
+            "fwd",
+            (q, k, v, g, zeros(1, T, 1), 0.125, out),
+            dict(
+                A_log=zeros(1),
+                dt_bias=zeros(1, 64),
+                lower_bound=-5.0,
+                initial_state=zeros(1, 1, 64, 64),
+                final_state=zeros(1, 1, 64, 64),
+                cu_seqlens=library(np.array([0, T])),
+            ),
+        )
+    q, k, v, g, out = (zeros(1, 1, 1, 64) for _ in range(5))
+    index = library(np.zeros(1, np.int32))
+    state = zeros(4, 1, 64, 64)
+    yield (
+        "decode, pool, 8 tensors",
+        "decode",
+        (q, k, v, g, zeros(1, 1, 1), state, out),
+        dict(state_indices=index),
+    )
+
+
+def python_loop(function, n, arguments, keywords):
+    begin = time.perf_counter()
+    for _ in range(n):
+        function(*arguments, **keywords)
+    return time.perf_counter() - begin
+
+
+def measure(name, arguments, keywords, n, repeats):
+    function = getattr(flash_kda, name)
+    whole, c_call, loop = [], [], []
+    python_loop(function, n, arguments, keywords)
+    for _ in range(repeats):
+        whole.append(python_loop(function, n, arguments, keywords) / n)
+        c_call.append(_C._time_calls(n, name, *arguments, **keywords) / n)
+        begin = time.perf_counter()
+        for _ in range(n):
+            pass
+        loop.append((time.perf_counter() - begin) / n)
+    whole, c_call, loop = (1e6 * min(x) for x in (whole, c_call, loop))
+    return {
+        "python_us": round(whole, 3),
+        "c_us": round(c_call, 3),
+        "overhead_us": round(whole - c_call - loop, 3),
+    }
+
+
+def processor():
+    """The processor's name as the kernel gives it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def commit():
+    """Of the working tree that this file lies in; empty outside of one."""
+    here = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calls", type=int, default=2000, help="calls in a round")
+    parser.add_argument("--repeats", type=int, default=100, help="rounds")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    options = parser.parse_args()
+
+    flash_kda.set_num_threads(1)
+    libraries = {"numpy": lambda a: a}
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    try:
+        import torch
+
+        libraries = {"torch": torch.from_numpy, **libraries}
+        versions["torch"] = torch.__version__
+    except ImportError:
+        print("torch is not installed: NumPy only")
+
+    rows = []
+    print(f"{'':>8}{'call':<44}{'Python':>10}{'C':>10}{'overhead':>10}  (us a call)")
+    for library, convert in libraries.items():
+        for text, name, arguments, keywords in problems(convert):
+            result = measure(name, arguments, keywords, options.calls, options.repeats)
+            rows.append({"library": library, "name": text, **result})
+            print(
+                f"{library:>8}{'  ' + text:<44}{result['python_us']:>10.2f}{result['c_us']:>10.2f}"
+                f"{result['overhead_us']:>10.2f}"
+            )
+    if options.json:
+        recorded = {
+            "commit": commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "version": flash_kda.__version__,
+            "versions": versions,
+            "device": processor(),
+            "rows": rows,
+        }
+        with open(options.json, "w") as file:
+            json.dump(recorded, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+# The version stands once, in the public header; everything else reads it from there.
+function(fkda_read_version header out)
+  file(READ "${header}" text)
+  set(parts "")
+  foreach(part MAJOR MINOR PATCH)
+    if(NOT text MATCHES "#define FKDA_VERSION_${part} ([0-9]+)")
+      message(FATAL_ERROR "${header}: no FKDA_VERSION_${part}")
+    endif()
+    list(APPEND parts "${CMAKE_MATCH_1}")
+  endforeach()
+  list(JOIN parts "." version)
+  set(${out} "${version}" PARENT_SCOPE)
+endfunction()

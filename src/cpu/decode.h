@@ -1,0 +1,219 @@
+/* Decode on the CPU: the token recurrence (4)-(7) on 1 to 8 tokens, in one pass over the state.
+ *
+ * The work is the state's traffic, so each part of it is read once and written once whatever the number
+ * of tokens. [V,K] states go row by row (a row's K channels, all tokens, back to memory); [K,V] states
+ * go by groups of value columns, which stay in the first-level cache for all tokens.
+ */
+#include "cpu/kernels.h"
+#include "cpu/vector_math.h"
+
+#define MAX_TOKENS FKDA_DECODE_MAX_TOKENS
+#define ROWS_TOGETHER 4   /* value rows in flight: independent sums hide the latency of each */
+#define COLUMNS_TOGETHER 64 /* value columns of a [K,V] state in flight: 64 KB at K = 256 */
+
+typedef struct decode_tokens {
+  int64_t T, K, Kp, V, Vp;
+  float decay[MAX_TOKENS][FKDA_MAX_DIM];      /* exp g */
+  float k[MAX_TOKENS][FKDA_MAX_DIM];          /* (1) */
+  float q[MAX_TOKENS][FKDA_MAX_DIM];          /* (1), times scale */
+  float v[MAX_TOKENS][FKDA_MAX_DIM + 16];     /* value columns of this job */
+  float o[MAX_TOKENS][FKDA_MAX_DIM + 16];
+  float beta[MAX_TOKENS < LANES ? LANES : MAX_TOKENS];
+} decode_tokens;
+
+/* Where the state of a sequence comes from and where it goes after each token. */
+typedef struct decode_slots {
+  bool load;
+  int64_t from;                /* element offset of the head's state */
+  int64_t to[MAX_TOKENS];      /* the same after each token; -1: not stored */
+} decode_slots;
+
+static void normalise(float *row, int64_t padded, bool l2norm, float scale) {
+  vec factor = v_set(scale);
+  if (l2norm) { /* (1) */
+    vec sum = v_set(0);
+    for (int64_t i = 0; i < padded; i += LANES) sum = v_fma(v_load(row + i), v_load(row + i), sum);
+    factor = v_mul(factor, v_rsqrt(v_set(v_sum(sum) + (float)FKDA_L2NORM_EPS)));
+  }
+  for (int64_t i = 0; i < padded; i += LANES) v_store(row + i, v_mul(v_load(row + i), factor));
+}
+
+INLINE void decay_row(float *row, const float *bias, int64_t padded, fkda_gate gate, vec exp_A,
+                      vec lower_bound) {
+  for (int64_t i = 0; i < padded; i += LANES)
+    v_store(row + i,
+            v_exp(log_decay(gate, v_load(row + i), v_load(bias + i), exp_A, lower_bound)));
+}
+
+static void load_tokens(decode_tokens *x, const fkda_cpu_job *job) {
+  const fkda_problem *p = job->problem;
+  const int64_t qk_head = job->head * p->H / p->HV, n = job->n;
+  const vec exp_A = v_set(exp_A_of(p, job->head)), lower_bound = v_set((float)p->lower_bound);
+  float bias[FKDA_MAX_DIM];
+  x->T = p->T;
+  x->K = p->K;
+  x->Kp = round_up(p->K, LANES);
+  x->V = job->v_end - job->v_begin;
+  x->Vp = round_up(x->V, LANES);
+  load_bias(bias, p, job->head, x->Kp);
+  for (int64_t t = 0; t < x->T; ++t) {
+    load_row(x->q[t], p->q.data, p->q.dtype,
+             n * p->q.stride_b + t * p->q.stride_t + qk_head * p->q.stride_h, x->K, x->Kp);
+    load_row(x->k[t], p->k.data, p->k.dtype,
+             n * p->k.stride_b + t * p->k.stride_t + qk_head * p->k.stride_h, x->K, x->Kp);
+    load_row(x->v[t], p->v.data, p->v.dtype,
+             n * p->v.stride_b + t * p->v.stride_t + job->head * p->v.stride_h + job->v_begin, x->V,
+             x->Vp);
+    float *row = x->decay[t];
+    load_row(row, p->g.data, p->g.dtype,
+             n * p->g.stride_b + t * p->g.stride_t + job->head * p->g.stride_h, x->K, x->Kp);
+    normalise(x->q[t], x->Kp, p->l2norm, (float)p->scale);
+    normalise(x->k[t], x->Kp, p->l2norm, 1);
+    if (p->gate == FKDA_GATE_BOUNDED)
+      decay_row(row, bias, x->Kp, FKDA_GATE_BOUNDED, exp_A, lower_bound);
+    else if (p->gate == FKDA_GATE_SOFTPLUS)
+      decay_row(row, bias, x->Kp, FKDA_GATE_SOFTPLUS, exp_A, lower_bound);
+    else
+      decay_row(row, bias, x->Kp, FKDA_GATE_DIRECT, exp_A, lower_bound);
+    x->beta[t] =
+        load_scalar(p->beta.data, p->beta.dtype,
+                    n * p->beta.stride_b + t * p->beta.stride_t + job->head * p->beta.stride_h);
+  }
+  if (p->beta_is_logit) { /* (3) */
+    const vec factor = v_set(p->allow_neg_eigval ? 2 : 1);
+    for (int64_t t = x->T; t % LANES; ++t) x->beta[t] = 0;
+    for (int64_t t = 0; t < x->T; t += LANES)
+      v_store(x->beta + t, v_mul(factor, v_sigmoid(v_load(x->beta + t))));
+  }
+}
+
+/* False if the sequence is skipped. */
+static bool find_slots(decode_slots *slots, const fkda_cpu_job *job) {
+  const fkda_problem *p = job->problem;
+  const int64_t n = job->n;
+  const bool speculative = p->initial_indices.columns > 0;
+  int64_t column = 0;
+  if (speculative && p->num_accepted_tokens.data)
+    column = fkda_int_at(p->num_accepted_tokens.data, p->num_accepted_tokens.dtype,
+                         n * p->num_accepted_tokens.stride) -
+             1;
+  const int64_t start = fkda_index_of(&p->initial_indices, n, column);
+  if (start < 0) return false;
+  slots->load = has_initial_state(p, n);
+  slots->from = start * p->initial.stride_slot + job->head * p->initial.stride_head;
+  for (int64_t t = 0; t < p->T; ++t) {
+    int64_t slot = -1;
+    if (p->final_indices.columns > 0)
+      slot = fkda_index_of(&p->final_indices, n, t);
+    else if (t == p->T - 1)
+      slot = fkda_index_of(&p->final_indices, n, 0);
+    if (p->final_indices.columns == 0 && t == p->T - 1 && slot < 0) return false;
+    slots->to[t] = slot < 0 || !p->final.data
+                       ? -1
+                       : slot * p->final.stride_slot + job->head * p->final.stride_head;
+  }
+  return true;
+}
+
+/* ROWS value rows of a [V,K] state from row v on (relative to the job), for every token. */
+INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
+                        int64_t v, int rows) {
+  const fkda_states *from = &job->problem->initial, *to = &job->problem->final;
+  const int64_t row = job->v_begin + v;
+  float S[ROWS_TOGETHER][FKDA_MAX_DIM];
+  for (int r = 0; r < rows; ++r)
+    if (slots->load)
+      load_row(S[r], from->data, from->dtype, slots->from + (row + r) * from->stride_row, x->K,
+               x->Kp);
+    else
+      memset(S[r], 0, (size_t)x->Kp * sizeof(float));
+  for (int64_t t = 0; t < x->T; ++t) {
+    vec sum[ROWS_TOGETHER];
+    for (int r = 0; r < rows; ++r) sum[r] = v_set(0);
+    for (int64_t k = 0; k < x->Kp; k += LANES) { /* (4), S k of (5) */
+      const vec decay = v_load(x->decay[t] + k), key = v_load(x->k[t] + k);
+      for (int r = 0; r < rows; ++r) {
+        const vec s = v_mul(v_load(S[r] + k), decay);
+        v_store(S[r] + k, s);
+        sum[r] = v_fma(s, key, sum[r]);
+      }
+    }
+    vec u[ROWS_TOGETHER];
+    for (int r = 0; r < rows; ++r) { /* (5) */
+      u[r] = v_set(x->beta[t] * (x->v[t][v + r] - v_sum(sum[r])));
+      sum[r] = v_set(0);
+    }
+    for (int64_t k = 0; k < x->Kp; k += LANES) { /* (6), (7) */
+      const vec key = v_load(x->k[t] + k), query = v_load(x->q[t] + k);
+      for (int r = 0; r < rows; ++r) {
+        const vec s = v_fma(u[r], key, v_load(S[r] + k));
+        v_store(S[r] + k, s);
+        sum[r] = v_fma(s, query, sum[r]);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      x->o[t][v + r] = v_sum(sum[r]);
+      if (slots->to[t] >= 0)
+        store_row(to->data, to->dtype, slots->to[t] + (row + r) * to->stride_row, S[r], x->K);
+    }
+  }
+}
+
+/* COLUMNS_TOGETHER or fewer value columns of a [K,V] state from column v on, for every token. */
+static void decode_columns(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
+                           int64_t v, int64_t columns) {
+  const fkda_states *from = &job->problem->initial, *to = &job->problem->final;
+  const int64_t column = job->v_begin + v, padded = round_up(columns, LANES);
+  float S[FKDA_MAX_DIM][COLUMNS_TOGETHER];
+  for (int64_t k = 0; k < x->K; ++k)
+    if (slots->load)
+      load_row(S[k], from->data, from->dtype, slots->from + k * from->stride_row + column, columns,
+               padded);
+    else
+      memset(S[k], 0, (size_t)padded * sizeof(float));
+  for (int64_t t = 0; t < x->T; ++t) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+      vec sum = v_set(0);
+      for (int64_t k = 0; k < x->K; ++k) { /* (4), S k of (5) */
+        const vec s = v_mul(v_load(S[k] + c), v_set(x->decay[t][k]));
+        v_store(S[k] + c, s);
+        sum = v_fma(s, v_set(x->k[t][k]), sum);
+      }
+      const vec u = v_mul(v_set(x->beta[t]), v_sub(v_load(x->v[t] + v + c), sum)); /* (5) */
+      vec o = v_set(0);
+      for (int64_t k = 0; k < x->K; ++k) { /* (6), (7) */
+        const vec s = v_fma(u, v_set(x->k[t][k]), v_load(S[k] + c));
+        v_store(S[k] + c, s);
+        o = v_fma(s, v_set(x->q[t][k]), o);
+      }
+      v_store(x->o[t] + v + c, o);
+    }
+    if (slots->to[t] >= 0)
+      for (int64_t k = 0; k < x->K; ++k)
+        store_row(to->data, to->dtype, slots->to[t] + k * to->stride_row + column, S[k], columns);
+  }
+}
+
+static void decode(const fkda_cpu_job *job) {
+  const fkda_problem *p = job->problem;
+  decode_slots slots;
+  if (!find_slots(&slots, job)) return;
+  const float_mode mode = flush_denormals();
+  decode_tokens x;
+  load_tokens(&x, job);
+  if (p->layout == FKDA_STATE_KV) {
+    for (int64_t v = 0; v < x.V; v += COLUMNS_TOGETHER)
+      decode_columns(&x, job, &slots, v, x.V - v < COLUMNS_TOGETHER ? x.V - v : COLUMNS_TOGETHER);
+  } else {
+    int64_t v = 0;
+    for (; v + ROWS_TOGETHER <= x.V; v += ROWS_TOGETHER)
+      decode_rows(&x, job, &slots, v, ROWS_TOGETHER);
+    for (; v < x.V; ++v) decode_rows(&x, job, &slots, v, 1);
+  }
+  for (int64_t t = 0; t < x.T; ++t)
+    store_row(p->out.data, p->out.dtype,
+              job->n * p->out.stride_b + t * p->out.stride_t + job->head * p->out.stride_h +
+                  job->v_begin,
+              x.o[t], x.V);
+  restore_denormals(mode);
+}

@@ -1,0 +1,13 @@
+/* The CPU kernels compiled for one instruction set: see kernels.h. */
+#include "cpu/simd_avx2.h"
+
+#include "cpu/chunk.h"
+#include "cpu/decode.h"
+
+const fkda_cpu_kernels fkda_cpu_kernels_avx2 = {
+    .isa = ISA_NAME,
+    .panel = PANEL,
+    .prefill_scratch = prefill_scratch,
+    .prefill = prefill,
+    .decode = decode,
+};

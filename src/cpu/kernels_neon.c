@@ -1,0 +1,13 @@
+/* The CPU kernels compiled for one instruction set: see kernels.h. */
+#include "cpu/simd_neon.h"
+
+#include "cpu/chunk.h"
+#include "cpu/decode.h"
+
+const fkda_cpu_kernels fkda_cpu_kernels_neon = {
+    .isa = ISA_NAME,
+    .panel = PANEL,
+    .prefill_scratch = prefill_scratch,
+    .prefill = prefill,
+    .decode = decode,
+};

@@ -1,0 +1,192 @@
+/* The backend row "portable": mma.sync kernels for every GPU since Ampere (kernels/portable). */
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "cuda/driver.h"
+#include "cuda/kernels/portable/params.h"
+#include "cuda/module.h"
+#include "run/backend.h"
+
+#define MINIMUM_CAPABILITY 80 /* compute capability 8.0 */
+#define MAX_BLOCKS INT32_MAX  /* of a one-dimensional grid */
+
+/* ---- the kernels ------------------------------------------------------------------------------------ */
+
+#define PREFILL_KERNEL(K, part) {"portable/prefill", "fkda_portable_prefill_k" #K "_v" #part},
+#define PREFILL_SHAPE(K, part) {K, part, FKDA_PORTABLE_PREFILL_SHARED(K, part)},
+#define DECODE_KERNEL(layout, K) {"portable/decode", "fkda_portable_decode_" #layout "_k" #K},
+#define DECODE_SHAPE(layout, K) {LAYOUT_##layout, K},
+#define LAYOUT_vk FKDA_STATE_VK
+#define LAYOUT_kv FKDA_STATE_KV
+
+static const fkda_cuda_kernel table[] = {FKDA_PORTABLE_PREFILL_LIST(PREFILL_KERNEL)
+                                             FKDA_PORTABLE_DECODE_LIST(DECODE_KERNEL)};
+static const struct {
+  int32_t K, part, shared;
+} prefill_shapes[] = {FKDA_PORTABLE_PREFILL_LIST(PREFILL_SHAPE)};
+static const struct {
+  fkda_state_layout layout;
+  int32_t K;
+} decode_shapes[] = {FKDA_PORTABLE_DECODE_LIST(DECODE_SHAPE)};
+
+#define COUNT(array) ((int32_t)(sizeof(array) / sizeof(array)[0]))
+#define PREFILL_KERNELS COUNT(prefill_shapes)
+
+static int32_t shared_of(int32_t kernel) {
+  return kernel < PREFILL_KERNELS ? prefill_shapes[kernel].shared : 0;
+}
+
+static fkda_cuda_kernels kernels = {.kernels = table, .count = COUNT(table), .shared = shared_of};
+
+/* supports() and plan() let nothing come here that has no kernel. */
+static int32_t prefill_kernel(int64_t K, int64_t part) {
+  int32_t i = 0;
+  while (prefill_shapes[i].K != K || prefill_shapes[i].part != part) ++i;
+  return i;
+}
+
+static int32_t decode_kernel(int64_t K, fkda_state_layout layout) {
+  int32_t i = 0;
+  while (decode_shapes[i].K != K || decode_shapes[i].layout != layout) ++i;
+  return PREFILL_KERNELS + i;
+}
+
+/* ---- what can run where? ---------------------------------------------------------------------------- */
+
+static bool on_device(const fkda_backend *self, int32_t device_id, char *reason, size_t capacity) {
+  (void)self;
+  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, capacity);
+  return driver && fkda_cuda_device_usable(driver, device_id, MINIMUM_CAPABILITY, reason, capacity);
+}
+
+/* Is there any device for us? If not, the first one's reason is given. */
+static bool available(const fkda_backend *self, char *reason, size_t capacity) {
+  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, capacity);
+  if (!driver) return false;
+  for (int32_t i = 0; i < driver->device_count; ++i)
+    if (on_device(self, i, NULL, 0)) return true;
+  return on_device(self, 0, reason, capacity);
+}
+
+/* A head's value columns do not depend on one another, so that a block may own a part of them; results
+ * are the same to the bit. In prefill each part repeats the factors (8)-(10), which pays where there
+ * are too few heads to give every processor one: below two thirds of the processors. A plan is made
+ * without a look at the device; 132 are a full Hopper's. */
+#define PROCESSORS 132
+
+static int32_t split_of(const fkda_problem *p) {
+  if (p->op == FKDA_OP_DECODE) return fkda_portable_decode_split(p->N, p->HV, p->V, PROCESSORS);
+  return p->V == 128 && 3 * p->N * p->HV < 2 * PROCESSORS ? 2 : 1;
+}
+
+static bool is_64_or_128(int64_t size) { return size == 64 || size == 128; }
+
+static bool is_bf16_or_f32(int32_t dtype) { return dtype == FKDA_BF16 || dtype == FKDA_F32; }
+
+static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,
+                     size_t capacity) {
+  (void)self;
+  if (p->op != FKDA_OP_PREFILL && p->op != FKDA_OP_DECODE)
+    return fkda_refuse(reason, capacity, "has kernels for prefill and decode only");
+  if (!is_64_or_128(p->K) || !is_64_or_128(p->V))
+    return fkda_refuse(reason, capacity, "K = %lld, V = %lld, expected each 64 or 128",
+                       (long long)p->K, (long long)p->V);
+  if (p->io_dtype != FKDA_BF16)
+    return fkda_refuse(reason, capacity, "q, k, v, out: %s, expected bfloat16",
+                       fkda_dtype_string(p->io_dtype));
+  const struct {
+    const char *name;
+    int32_t dtype; /* FKDA_NONE: absent */
+  } tensors[] = {{"g", p->g.dtype},
+                 {"beta", p->beta.dtype},
+                 {"A_log", p->A_log.dtype},
+                 {"dt_bias", p->dt_bias.dtype},
+                 {p->op == FKDA_OP_DECODE ? "state" : "initial_state", p->initial.dtype},
+                 {"final_state", p->final.dtype},
+                 {"checkpoint_state", p->checkpoints.state.dtype}};
+  for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; ++i)
+    if (tensors[i].dtype != FKDA_NONE && !is_bf16_or_f32(tensors[i].dtype))
+      return fkda_refuse(reason, capacity, "%s: %s, expected bfloat16 or float32", tensors[i].name,
+                         fkda_dtype_string(tensors[i].dtype));
+  const int64_t blocks = p->N * p->HV * split_of(p);
+  if (blocks > MAX_BLOCKS)
+    return fkda_refuse(reason, capacity, "N*HV = %lld*%lld takes %lld blocks, expected at most %d",
+                       (long long)p->N, (long long)p->HV, (long long)blocks, (int)MAX_BLOCKS);
+  return true;
+}
+
+/* ---- planning --------------------------------------------------------------------------------------- */
+
+static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
+  (void)self;
+  plan->chunk = p->op == FKDA_OP_DECODE ? 1 : FKDA_PORTABLE_CHUNK;
+  plan->value_split = split_of(p);
+  plan->tasks = p->N * p->HV * plan->value_split;
+  plan->threads = (int32_t)plan->tasks;
+  plan->workspace_size = 0;
+}
+
+/* ---- running ---------------------------------------------------------------------------------------- */
+
+/* Do all rows of x begin at a multiple of 16 bytes? */
+static int32_t aligned(const fkda_rows *x) {
+  const uint64_t size = fkda_dtype_size(x->dtype);
+  const uint64_t places = (uint64_t)(uintptr_t)x->data | (uint64_t)x->stride_b * size |
+                          (uint64_t)x->stride_t * size | (uint64_t)x->stride_h * size;
+  return places % 16 == 0;
+}
+
+/* The pool: groups of four elements along a row. */
+static int32_t aligned_by_four(const fkda_states *x) {
+  const uint64_t size = fkda_dtype_size(x->dtype);
+  return (uint64_t)(uintptr_t)x->data % (4 * size) == 0 &&
+         (x->stride_slot | x->stride_head | x->stride_row) % 4 == 0;
+}
+
+static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
+                          const fkda_plan_t *plan) {
+  (void)self;
+  if (plan->tasks == 0) return FKDA_OK; /* no sequence: nothing to write */
+  char reason[FKDA_REASON_CAPACITY];
+  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);
+  if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
+
+  const bool decode = p->op == FKDA_OP_DECODE;
+  const fkda_portable_params params = {
+      .problem = *p,
+      .value_split = plan->value_split,
+      .aligned_q = aligned(&p->q),
+      .aligned_k = aligned(&p->k),
+      .aligned_v = aligned(&p->v),
+      .aligned_g = aligned(&p->g),
+      .aligned_out = aligned(&p->out),
+      .aligned_state = decode && aligned_by_four(&p->initial),
+  };
+  const fkda_cuda_launch l = {
+      .kernel =
+          decode ? decode_kernel(p->K, p->layout) : prefill_kernel(p->K, p->V / plan->value_split),
+      .blocks = (uint32_t)plan->tasks,
+      .threads = decode ? FKDA_PORTABLE_DECODE_THREADS : FKDA_PORTABLE_PREFILL_THREADS(p->V / plan->value_split),
+      .params = &params,
+      .stream = p->stream,
+  };
+  return fkda_cuda_kernels_launch(&kernels, driver, p->device_id, &l);
+}
+
+static fkda_status warmup(const fkda_backend *self, int32_t device_id) {
+  char reason[FKDA_REASON_CAPACITY];
+  if (!on_device(self, device_id, reason, sizeof reason))
+    return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
+  return fkda_cuda_kernels_load(&kernels, fkda_cuda_driver_get(NULL, 0), device_id);
+}
+
+const fkda_backend fkda_backend_cuda_portable = {
+    .name = "portable",
+    .device_type = FKDA_DEVICE_CUDA,
+    .available = available,
+    .on_device = on_device,
+    .supports = supports,
+    .plan = plan,
+    .launch = launch,
+    .warmup = warmup,
+};

@@ -1,0 +1,102 @@
+/* The CUDA driver, found at run time. The library neither links nor includes anything of CUDA: what it
+ * needs of the driver's binary interface is declared here, after cuda.h of CUDA 13.0, with the names
+ * of the exported symbols (cuda.h's macros map cuCtxPushCurrent to cuCtxPushCurrent_v2, and so on).
+ */
+#ifndef FKDA_CUDA_DRIVER_H
+#define FKDA_CUDA_DRIVER_H
+
+#include "check/problem.h"
+
+/* CUcontext, CUmodule, CUfunction and CUstream are pointers to opaque structs; CUdevice is an int. */
+typedef struct CUctx_st *fkda_cu_context;
+typedef struct CUmod_st *fkda_cu_module;
+typedef struct CUfunc_st *fkda_cu_function;
+typedef struct CUstream_st *fkda_cu_stream;
+
+/* CUresult, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus, CUstreamCaptureMode: the
+ * values used here. */
+enum {
+  FKDA_CU_SUCCESS = 0,
+  FKDA_CU_ERROR_NOT_INITIALIZED = 3,
+  FKDA_CU_ERROR_STUB_LIBRARY = 34,
+  FKDA_CU_ERROR_NO_DEVICE = 100,
+  FKDA_CU_ERROR_INVALID_HANDLE = 400, /* a stream of another context */
+  FKDA_CU_ERROR_SYSTEM_DRIVER_MISMATCH = 803,
+  FKDA_CU_ERROR_STREAM_CAPTURE_IMPLICIT = 906, /* asking about the legacy stream during a capture */
+
+  FKDA_CU_MULTIPROCESSOR_COUNT = 16,
+  FKDA_CU_COMPUTE_CAPABILITY_MAJOR = 75,
+  FKDA_CU_COMPUTE_CAPABILITY_MINOR = 76,
+
+  FKDA_CU_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+
+  FKDA_CU_CAPTURE_NONE = 0,
+  FKDA_CU_CAPTURE_MODE_RELAXED = 2,
+};
+
+/* X(name, symbol, parameters): every driver function the library calls. */
+#define FKDA_CU_LIST(X)                                                                            \
+  X(get_error_name, "cuGetErrorName", (int result, const char **text))                             \
+  X(get_error_string, "cuGetErrorString", (int result, const char **text))                         \
+  X(init, "cuInit", (unsigned flags))                                                              \
+  X(driver_get_version, "cuDriverGetVersion", (int *version))                                      \
+  X(device_get_count, "cuDeviceGetCount", (int *count))                                            \
+  X(device_get, "cuDeviceGet", (int *device, int ordinal))                                         \
+  X(device_get_name, "cuDeviceGetName", (char *name, int capacity, int device))                    \
+  X(device_get_attribute, "cuDeviceGetAttribute", (int *value, int attribute, int device))         \
+  X(primary_context_retain, "cuDevicePrimaryCtxRetain", (fkda_cu_context * context, int device))   \
+  X(primary_context_release, "cuDevicePrimaryCtxRelease_v2", (int device))                         \
+  X(context_get_current, "cuCtxGetCurrent", (fkda_cu_context * context))                           \
+  X(context_push, "cuCtxPushCurrent_v2", (fkda_cu_context context))                                \
+  X(context_pop, "cuCtxPopCurrent_v2", (fkda_cu_context * context))                                \
+  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int *mode))                       \
+  X(stream_is_capturing, "cuStreamIsCapturing", (fkda_cu_stream stream, int *status))              \
+  X(module_load_data, "cuModuleLoadData", (fkda_cu_module * module, const void *image))            \
+  X(module_unload, "cuModuleUnload", (fkda_cu_module module))                                      \
+  X(module_get_function, "cuModuleGetFunction",                                                    \
+    (fkda_cu_function * function, fkda_cu_module module, const char *name))                        \
+  X(function_set_attribute, "cuFuncSetAttribute",                                                  \
+    (fkda_cu_function function, int attribute, int value))                                         \
+  X(launch_kernel, "cuLaunchKernel",                                                               \
+    (fkda_cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,                 \
+     unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,                  \
+     fkda_cu_stream stream, void **parameters, void **extra))
+
+typedef struct fkda_cu_api {
+#define FKDA_CU_MEMBER(name, symbol, parameters) int(*name) parameters;
+  FKDA_CU_LIST(FKDA_CU_MEMBER)
+#undef FKDA_CU_MEMBER
+  int (*function_load)(
+      fkda_cu_function function); /* cuFuncLoad, CUDA 12.4; NULL in older drivers */
+} fkda_cu_api;
+
+typedef struct fkda_cuda_device {
+  int handle; /* CUdevice */
+  int32_t major, minor, processors;
+  char name[96];
+} fkda_cuda_device;
+
+/* The driver and its devices, unchanging once found. */
+typedef struct fkda_cuda_driver {
+  fkda_cu_api api;
+  int32_t version; /* 1000 * major + 10 * minor of the CUDA version that the driver supports */
+  int32_t device_count;
+  const fkda_cuda_device *devices; /* [device_count] */
+} fkda_cuda_driver;
+
+/* Finds and starts the driver at the first call of the process, from whichever thread. NULL if there is
+ * none that could run this build's kernels; that answer stays, and so does its reason, of which at
+ * most `capacity` bytes are written (none for capacity 0). */
+const fkda_cuda_driver *fkda_cuda_driver_get(char *reason, size_t capacity);
+
+/* Can `ordinal` run kernels of compute capability `minimum` (80 for 8.0) and newer? */
+bool fkda_cuda_device_usable(const fkda_cuda_driver *driver, int32_t ordinal, int32_t minimum,
+                             char *reason, size_t capacity);
+
+/* Is this a child forked after the driver was started? CUDA does not work there. */
+bool fkda_cuda_forked(void);
+
+/* Fails with FKDA_ERROR_DEVICE: "<what>: CUDA_ERROR_... (...)". */
+fkda_status fkda_cuda_fail(const fkda_cuda_driver *driver, int result, const char *what);
+
+#endif

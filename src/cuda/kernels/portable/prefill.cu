@@ -1,0 +1,1084 @@
+/* Portable prefill: mma.sync on bf16 with f32 accumulation, sm_80 and newer.
+ *
+ * A block is one sequence, value head and part of the value columns. Its warps play two roles:
+ *
+ *   factor warps      two groups of four on alternate chunks of 16 tokens: gates (2), running sums against the
+ *                     anchor in the chunk's middle, decayed operands (8), the triangles A and P (9), and
+ *                     T = (I + A)^-1 by forward substitution in f32
+ *   state warps       own 16 value rows of S each, in f32 accumulators for the whole sequence, transposed so
+ *                     that value rows are the M dimension: X = S [K~ Q~]^T, U (10), O (11), S (12)
+ *
+ * Factor warps own 32 channels each and state warps 16 value columns, loads and stores included, so that
+ * only the triangles need a barrier inside a group, and state warps none. Each group hands its factors over
+ * in a buffer of its own, guarded by a full and an empty barrier.
+ *
+ * Frames. Per channel, G is the running sum of log2-decays and m its value after the chunk's eighth token:
+ *   K' = k e^{G-m}   Q' = q e^{G-m}   K^ = k e^{m-G}   K- = k e^{G_C-G}
+ *   S1 = S e^m,  X = S1 K'^T,  S <- S1 e^{G_C-m} + U^T K-
+ * so exponents stay within +-40 for a bounded gate. Where a chunk's gates leave +-ANCHOR_RANGE (softplus and
+ * direct gates can), the triangles are summed over a tree of anchors instead, all exponents <= 0:
+ * factors_by_levels(). The choice is a chunk's and head's own.
+ *
+ * Norms (1) are factors of rows and columns, applied in f32 after the products: operands are rounded from
+ * the raw bf16 k once, so that nearly collinear keys stay collinear (docs/math.md).
+ */
+#include <cuda_bf16.h>
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cutlass/arch/barrier.h>
+
+#include "cuda/kernels/portable/params.h"
+
+namespace {
+
+constexpr int CHUNK = FKDA_PORTABLE_CHUNK;
+constexpr int GROUPS = 2;      /* of factor warps, on alternate chunks */
+constexpr int GROUP_WARPS = 4; /* each owns 32 channels; with K = 64 two of them have none */
+constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
+constexpr int V_STAGES = FKDA_PORTABLE_V_STAGES; /* chunks of v in shared memory */
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float ANCHOR_RANGE = 44.0f * LOG2E;
+constexpr float CLAMP = (float)FKDA_GATE_CLAMP * LOG2E;
+
+using bf16 = __nv_bfloat16;
+using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+
+enum Barrier { FULL = 0, EMPTY = 2, FACTOR = 4 }; /* each + group */
+
+/* ---- shared memory ------------------------------------------------------------------------------- */
+
+/* Tiles of bf16 [16][K]: 16-byte pieces of a row are permuted by the row, so that both the eight rows of
+ * an ldmatrix and the two rows that a factor warp touches at once lie in different banks. */
+template <int K>
+__device__ __forceinline__ int at(int row, int column) {
+  const int piece = (column >> 3) ^ (row & 7) ^ ((row >> 3) << 2);
+  return row * K + (piece << 3) + (column & 7);
+}
+
+template <int K>
+struct Factors { /* what passes from factor to state warps */
+  bf16 k[CHUNK * K];         /* K' */
+  bf16 q[CHUNK * K];         /* Q' */
+  bf16 k_end[CHUNK * K];     /* K- */
+  bf16 T_high[CHUNK * CHUNK]; /* (I + A)^-1 = high + low, [j][i]: columns are contiguous */
+  bf16 T_low[CHUNK * CHUNK];
+  bf16 P[CHUNK * CHUNK];     /* lower(Q' K^^T), raw norms */
+  float to_anchor[K];        /* e^m */
+  float to_end[K];           /* e^{G_C-m} */
+  float norm_k[CHUNK];       /* 1/|k|, or 1 */
+  float norm_q[CHUNK];       /* scale/|q|, or scale */
+  float beta[CHUNK];
+};
+
+/* What the block works on. It lies in shared memory: a dozen 64-bit values that are rarely needed. */
+struct Task {
+  int64_t n, b, begin;
+  int64_t initial_slot, final_slot;
+  int32_t length, chunks;         /* tokens; chunks of 16 of them */
+  int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
+  bool skip, load_initial;
+};
+
+/* What a group of factor warps works on. */
+template <int K>
+struct Group {
+  static constexpr int A_PITCH = CHUNK + 4; /* rows stay 16-byte aligned */
+  Factors<K> factors;
+  float g[CHUNK * K]; /* f32, or bf16 in the first half in the order of at() */
+  bf16 q[CHUNK * K];
+  bf16 k[CHUNK * K];
+  bf16 k_inverse[CHUNK * K]; /* K^ */
+  float A[CHUNK][A_PITCH];
+  float squares[2][2][GROUP_WARPS][CHUNK]; /* [parity][k, q]: each warp's part of |k|^2, |q|^2 */
+};
+
+template <int K, int VP>
+struct Shared {
+  static constexpr int STATE_WARPS = VP / 16;
+  static constexpr int THREADS = GROUPS * GROUP_THREADS + 32 * STATE_WARPS;
+  static constexpr int HANDOVER = GROUP_THREADS + 32 * STATE_WARPS; /* threads of FULL and EMPTY */
+  static constexpr int V_PITCH = 16 + 8; /* one 16-byte piece more: conflict-free ldmatrix */
+  Task task;
+  Group<K> groups[GROUPS];
+  bf16 v[V_STAGES][STATE_WARPS][CHUNK * V_PITCH]; /* receives O */
+};
+
+/* ---- small pieces --------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal(1.0f + exp2_approx(-LOG2E * x));
+}
+
+/* log(1 + e^x): max(x, 0) + 2 atanh(y / (2 + y)), y = e^-|x|; polynomial as in the CPU's vector_math.h. */
+__device__ __forceinline__ float softplus(float x) {
+  const float y = exp2_approx(-LOG2E * fabsf(x));
+  const float s = y * reciprocal(2.0f + y), z = s * s;
+  float q = 0.2819154961037639f;
+  q = fmaf(q, z, 0.2795766525963916f);
+  q = fmaf(q, z, 0.40025114361268205f);
+  q = fmaf(q, z, 0.6666631014408443f);
+  q = fmaf(q, z, 2.0000000080787173f);
+  return fmaf(s, q, x > 0 ? x : 0);
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t &>(pair);
+}
+__device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_of(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+
+__device__ __forceinline__ float load_float(const void *data, int32_t dtype, int64_t i) {
+  return dtype == FKDA_F32 ? static_cast<const float *>(data)[i]
+                           : __bfloat162float(static_cast<const bf16 *>(data)[i]);
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+  Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const bf16 *p) {
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t *>(p), r[0], r[1], r[2],
+                                r[3]);
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const bf16 *p) {
+  cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t *>(p), r[0], r[1], r[2],
+                                r[3]);
+}
+
+/* 16 bytes global -> shared, zeros if !valid. */
+__device__ __forceinline__ void copy_piece(void *to, const void *from, bool valid) {
+  cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+      *static_cast<const cute::uint128_t *>(from), *static_cast<cute::uint128_t *>(to), valid);
+}
+
+__device__ __forceinline__ void group_sync(int group) {
+  cutlass::arch::NamedBarrier::sync(GROUP_THREADS, FACTOR + group);
+}
+/* The same, and true if any thread brings true. */
+__device__ __forceinline__ bool group_sync_or(int group, bool mine) {
+  int any;
+  asm volatile(
+      "{ .reg .pred p, q;\n setp.ne.s32 p, %1, 0;\n barrier.cta.red.or.pred q, %2, %3, p;\n"
+      " selp.s32 %0, 1, 0, q; }\n"
+      : "=r"(any)
+      : "r"((int)mine), "r"(FACTOR + cutlass::arch::NamedBarrier::ReservedNamedBarrierCount + group),
+        "n"(GROUP_THREADS)
+      : "memory");
+  return any != 0;
+}
+
+/* ---- the block's task ----------------------------------------------------------------------------- */
+
+
+__device__ __forceinline__ int64_t clamp64(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+__device__ Task find_task(const fkda_portable_params &params, int VP) {
+  const fkda_problem &p = params.problem;
+  Task task;
+  int64_t id = blockIdx.x;
+  const int part = id % params.value_split;
+  id /= params.value_split;
+  task.head = id % p.HV;
+  task.n = id / p.HV;
+  task.qk_head = (int64_t)task.head * p.H / p.HV;
+  task.v_begin = part * VP;
+  fkda_span span = fkda_span_of(&p, task.n);
+  if (p.cu_seqlens.data) { /* device memory: clamped, not trusted */
+    const int64_t end = clamp64(span.begin + span.length, 0, p.T);
+    span.begin = clamp64(span.begin, 0, p.T);
+    span.length = end > span.begin ? end - span.begin : 0;
+  }
+  task.b = span.b;
+  task.begin = span.begin;
+  task.length = (int32_t)span.length;
+  task.chunks = (task.length + CHUNK - 1) / CHUNK;
+  task.initial_slot = fkda_index_of(&p.initial_indices, task.n, 0);
+  task.final_slot = fkda_index_of(&p.final_indices, task.n, 0);
+  task.skip = (p.initial.data && (task.initial_slot < 0 || task.initial_slot >= p.initial.slots)) ||
+              (p.final.data && (task.final_slot < 0 || task.final_slot >= p.final.slots));
+  task.load_initial =
+      p.initial.data &&
+      (!p.has_initial.data ||
+       static_cast<const uint8_t *>(p.has_initial.data)[task.n * p.has_initial.stride] != 0);
+  return task;
+}
+
+/* First element of a tensor's row for the sequence's token 0. */
+__device__ __forceinline__ int64_t first_row(const fkda_rows &rows, const Task &task, int head) {
+  return task.b * rows.stride_b + task.begin * rows.stride_t + head * rows.stride_h;
+}
+
+/* A warp copies 16 rows of COLUMNS columns to shared memory, rows from `tokens` on as zeros; `from` is the
+ * first element, place(row, column) an element's address there. Asynchronous where `aligned`. */
+template <int COLUMNS, class Element, class Place>
+__device__ __forceinline__ void copy_rows(const Element *from, int64_t stride, int tokens,
+                                          bool aligned, Place place) {
+  const int lane = threadIdx.x & 31;
+  constexpr int PIECE = 16 / sizeof(Element), PIECES = COLUMNS / PIECE, ROWS = 32 / PIECES;
+  if (aligned) {
+    const int column = lane % PIECES * PIECE;
+    int row = lane / PIECES;
+    const Element *piece = from + row * stride + column;
+#pragma unroll
+    for (int i = 0; i < CHUNK / ROWS; ++i, row += ROWS, piece += ROWS * stride) {
+      const bool valid = row < tokens; /* an address that is not valid is not read */
+      copy_piece(place(row, column), piece, valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < CHUNK * COLUMNS; i += 32) {
+      const int row = i / COLUMNS, column = i % COLUMNS;
+      Element x = Element(0.0f);
+      if (row < tokens) x = from[row * stride + column];
+      *place(row, column) = x;
+    }
+  }
+}
+
+/* ---- factor warps --------------------------------------------------------------------------------- */
+
+/* A thread's channels 2 pair, 2 pair + 1 and its eight tokens 8 half .. 8 half + 7. */
+template <int K>
+struct FactorThread {
+  int group, warp, lane, pair, half;
+  __device__ FactorThread() {
+    group = threadIdx.x / GROUP_THREADS;
+    warp = threadIdx.x / 32 % GROUP_WARPS;
+    lane = threadIdx.x & 31;
+    pair = warp * 16 + (lane & 15);
+    half = lane >> 4;
+  }
+  __device__ bool active() const { return warp * 32 < K; } /* K = 64: two warps have channels */
+};
+
+/* Sums eight values a lane over the 16 lanes of a half warp; lane l of the half holds the sum of value
+ * l >> 1 on return. */
+__device__ __forceinline__ float sum_rows(float (&x)[8], int lane) {
+#pragma unroll
+  for (int width = 8, count = 8; count > 1; width /= 2, count /= 2) {
+    const bool upper = lane & width;
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) {
+      const float send = upper ? x[i] : x[i + count / 2];
+      const float keep = upper ? x[i + count / 2] : x[i];
+      x[i] = keep + __shfl_xor_sync(0xffffffffu, send, width);
+    }
+  }
+  return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
+}
+
+/* Which warp computes which part of the triangles: rows K' (A) or Q' (P), columns 8 (warp & 1) .. + 7. */
+template <int K>
+__device__ __forceinline__ void multiply_triangle(float (&acc)[4], const bf16 *rows,
+                                                  const bf16 *columns, int warp, int lane) {
+  float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+  const int column_row = (warp & 1) * 8 + (lane & 7);
+#pragma unroll
+  for (int k = 0; k < K; k += 32) {
+    uint32_t a0[4], a1[4], b[4];
+    load_matrices(b, columns + at<K>(column_row, k + (lane >> 3) * 8));
+    load_matrices(a0, rows + at<K>(lane & 15, k + (lane >> 4) * 8));
+    load_matrices(a1, rows + at<K>(lane & 15, k + 16 + (lane >> 4) * 8));
+    mma(even, a0, b[0], b[1]);
+    mma(odd, a1, b[2], b[3]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[i] = even[i] + odd[i];
+}
+
+/* Row and column of the triangle that a thread's accumulator i holds. */
+__device__ __forceinline__ int triangle_row(int i, int lane) { return (lane >> 2) + 8 * (i >> 1); }
+__device__ __forceinline__ int triangle_column(int i, int lane, int warp) {
+  return (warp & 1) * 8 + 2 * (lane & 3) + (i & 1);
+}
+
+/* T = (I + L)^-1, L_ij = beta_i |k_i|^-1 A_ij |k_j|^-1 strictly lower, by forward substitution in f32, a column a
+ * lane: x_i = delta_ic - sum_{j<i} L_ij x_j, right-looking so that the updates of later rows are independent.
+ * One warp; its lanes 16..31 repeat lanes 0..15. */
+template <int K>
+__device__ __forceinline__ void invert(Group<K> &shared, int lane) {
+  auto &A = shared.A;
+  Factors<K> &to = shared.factors;
+  {
+    const int i = lane >> 1, j0 = (lane & 1) * 8;
+    const float factor = -to.beta[i] * to.norm_k[i];
+    float4 *row = reinterpret_cast<float4 *>(&A[i][j0]);
+    const float4 *norm = reinterpret_cast<const float4 *>(&to.norm_k[j0]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) { /* row i of -L */
+      float4 r = row[h];
+      const float4 n = norm[h];
+      r.x *= factor * n.x, r.y *= factor * n.y, r.z *= factor * n.z, r.w *= factor * n.w;
+      row[h] = r;
+    }
+  }
+  __syncwarp();
+  const int c = lane & 15;
+  float x[CHUNK];
+#pragma unroll
+  for (int i = 0; i < CHUNK; ++i) x[i] = i == c ? 1.0f : 0.0f;
+  /* Blocks of four columns: the block's own triangle, then all rows below it. */
+#pragma unroll
+  for (int j = 0; j < CHUNK; j += 4) {
+#pragma unroll
+    for (int i = j + 1; i < CHUNK; ++i) {
+      const float4 r = *reinterpret_cast<const float4 *>(&A[i][j]);
+      x[i] = fmaf(r.x, x[j], x[i]);
+      if (i > j + 1) x[i] = fmaf(r.y, x[j + 1], x[i]);
+      if (i > j + 2) x[i] = fmaf(r.z, x[j + 2], x[i]);
+      if (i > j + 3) x[i] = fmaf(r.w, x[j + 3], x[i]);
+    }
+  }
+  if (lane < CHUNK) {
+    uint32_t high[8], low[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      high[i] = pack(x[2 * i], x[2 * i + 1]);
+      low[i] = pack(x[2 * i] - low_of(high[i]), x[2 * i + 1] - high_of(high[i]));
+    }
+    uint4 *T_high = reinterpret_cast<uint4 *>(&to.T_high[c * CHUNK]);
+    uint4 *T_low = reinterpret_cast<uint4 *>(&to.T_low[c * CHUNK]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      T_high[h] = make_uint4(high[4 * h], high[4 * h + 1], high[4 * h + 2], high[4 * h + 3]);
+      T_low[h] = make_uint4(low[4 * h], low[4 * h + 1], low[4 * h + 2], low[4 * h + 3]);
+    }
+  }
+}
+
+/* The triangles of a chunk whose gates are too strong for one anchor. Two different rows i > j part at the
+ * highest bit in which i and j differ; the block of 2 * width rows that this bit splits has its anchor
+ * there, and e^{G_i-a}, e^{a-G_j} are both <= 1. Four widths, then the diagonal of P. All factor warps. */
+template <int K>
+__device__ __noinline__ float4 factors_by_levels(Group<K> &shared) {
+  const FactorThread<K> me;
+  Factors<K> &to = shared.factors;
+  const bf16 *q_raw = shared.q, *k_raw = shared.k;
+  const float *g = shared.g; /* log2-decays; a thread reads its own channels and its half's tokens */
+  const float2 *g_of = reinterpret_cast<const float2 *>(g + me.half * 8 * K + 2 * me.pair);
+  constexpr int G_ROW = K / 2;
+  float total[4] = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int width = 8; width >= 0; width = width > 1 ? width / 2 : width - 1) {
+    /* width 0: the diagonal, no decay */
+    if (me.active()) {
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i) {
+        const int row = me.half * 8 + i;
+        const bool after = row & width; /* a row beyond its block's anchor, or a column before it */
+        float2 exponent = make_float2(0, 0);
+        if (width) {
+          const int anchor = (row & ~(2 * width - 1)) + width; /* first token beyond the anchor */
+          const int first = after ? anchor : row + 1, last = after ? row : anchor - 1;
+#pragma unroll 1
+          for (int r = first; r <= last; ++r) { /* never leaves the thread's half */
+            const float2 x = g_of[(r & 7) * G_ROW];
+            exponent.x += x.x, exponent.y += x.y;
+          }
+        }
+        const int place = at<K>(row, 2 * me.pair);
+        const uint32_t k = *reinterpret_cast<const uint32_t *>(k_raw + place);
+        const uint32_t q = *reinterpret_cast<const uint32_t *>(q_raw + place);
+        const float e0 = exp2_approx(exponent.x), e1 = exp2_approx(exponent.y);
+        const bool as_row = after || !width, as_column = !after || !width;
+        *reinterpret_cast<uint32_t *>(to.k + place) =
+            as_row ? pack(low_of(k) * e0, high_of(k) * e1) : 0;
+        *reinterpret_cast<uint32_t *>(to.q + place) =
+            as_row ? pack(low_of(q) * e0, high_of(q) * e1) : 0;
+        *reinterpret_cast<uint32_t *>(shared.k_inverse + place) =
+            as_column ? pack(low_of(k) * e0, high_of(k) * e1) : 0;
+      }
+    }
+    group_sync(me.group);
+    float part[4];
+    multiply_triangle<K>(part, me.warp < 2 ? to.k : to.q, shared.k_inverse, me.warp, me.lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = triangle_row(i, me.lane), column = triangle_column(i, me.lane, me.warp);
+      const int highest = row == column ? 0 : 1 << (31 - __clz(row ^ column));
+      if (highest == width && row >= column) total[i] += part[i];
+    }
+    group_sync(me.group);
+  }
+  /* What meets the state: exponents against the chunk's ends. */
+  if (me.active()) {
+    float2 sum = make_float2(0, 0), whole = make_float2(0, 0);
+    for (int r = 0; r < 8; ++r) whole.x += g_of[r * G_ROW].x, whole.y += g_of[r * G_ROW].y;
+    const float other0 = __shfl_xor_sync(0xffffffffu, whole.x, 16);
+    const float other1 = __shfl_xor_sync(0xffffffffu, whole.y, 16);
+    const float before0 = me.half ? other0 : 0, before1 = me.half ? other1 : 0;
+    const float behind0 = me.half ? 0 : other0, behind1 = me.half ? 0 : other1;
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) {
+      sum.x += g_of[i * G_ROW].x, sum.y += g_of[i * G_ROW].y;
+      float rest0 = behind0, rest1 = behind1; /* G_C - G, summed on its own: no cancellation */
+#pragma unroll 1
+      for (int r = i + 1; r < 8; ++r) rest0 += g_of[r * G_ROW].x, rest1 += g_of[r * G_ROW].y;
+      const int place = at<K>(me.half * 8 + i, 2 * me.pair);
+      const uint32_t k = *reinterpret_cast<const uint32_t *>(k_raw + place);
+      const uint32_t q = *reinterpret_cast<const uint32_t *>(q_raw + place);
+      const float e0 = exp2_approx(before0 + sum.x), e1 = exp2_approx(before1 + sum.y);
+      *reinterpret_cast<uint32_t *>(to.k + place) = pack(low_of(k) * e0, high_of(k) * e1);
+      *reinterpret_cast<uint32_t *>(to.q + place) = pack(low_of(q) * e0, high_of(q) * e1);
+      *reinterpret_cast<uint32_t *>(to.k_end + place) =
+          pack(low_of(k) * exp2_approx(rest0), high_of(k) * exp2_approx(rest1));
+    }
+    if (me.half == 0) {
+      to.to_anchor[2 * me.pair] = to.to_anchor[2 * me.pair + 1] = 1;
+      to.to_end[2 * me.pair] = exp2_approx(whole.x + other0);
+      to.to_end[2 * me.pair + 1] = exp2_approx(whole.y + other1);
+    }
+  }
+  return make_float4(total[0], total[1], total[2], total[3]);
+}
+
+/* (2) for one channel, in units of log2; constants prepared once. */
+struct Gate {
+  float slope, offset; /* bounded: -log2(e) exp(A_log) (raw + bias) as one fma. softplus: 1, bias */
+  float factor;        /* bounded: lower_bound log2(e). softplus: -log2(e) exp(A_log) */
+  __device__ Gate(const fkda_problem &p, int mode, float exp_A, float bias) {
+    slope = mode == FKDA_GATE_BOUNDED ? -LOG2E * exp_A : 1.0f;
+    offset = slope * bias;
+    factor = mode == FKDA_GATE_BOUNDED ? LOG2E * (float)p.lower_bound : -LOG2E * exp_A;
+  }
+  template <int MODE>
+  __device__ __forceinline__ float decay(float raw) const {
+    if (MODE == FKDA_GATE_BOUNDED) /* within [-5, 0] log2(e) as it is */
+      return factor * reciprocal(1.0f + exp2_approx(fmaf(slope, raw, offset)));
+    float g = MODE == FKDA_GATE_SOFTPLUS ? factor * softplus(raw + offset) : LOG2E * raw;
+    g = g > 0 ? 0 : g; /* comparisons that keep a NaN, unlike fminf */
+    return g < CLAMP ? CLAMP : g;
+  }
+};
+
+/* g[2 i + c]: in, the raw gate of token 8 half + i and channel 2 pair + c; out, its log2-decay. */
+template <int MODE>
+__device__ __forceinline__ void apply_gate(float (&g)[16], const Gate &gate0, const Gate &gate1) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    g[2 * i] = gate0.decay<MODE>(g[2 * i]);
+    g[2 * i + 1] = gate1.decay<MODE>(g[2 * i + 1]);
+  }
+}
+
+template <int K, int VP>
+__device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
+                                 const Task &task) {
+  constexpr int HANDOVER = Shared<K, VP>::HANDOVER;
+  const fkda_problem &p = params.problem;
+  const FactorThread<K> me;
+  Group<K> &shared = block.groups[me.group];
+  Factors<K> &to = shared.factors;
+  const int first_column = me.warp * 32; /* a warp has 32 */
+  const int chunks = task.chunks;
+
+  const bool g_is_f32 = p.g.dtype == FKDA_F32;
+  const int g_size = g_is_f32 ? 4 : 2;
+  /* rows of the group's next chunk to load */
+  const int64_t t0 = me.group * CHUNK;
+  const bf16 *q = static_cast<const bf16 *>(p.q.data) + first_row(p.q, task, task.qk_head) +
+                  first_column + t0 * p.q.stride_t;
+  const bf16 *k = static_cast<const bf16 *>(p.k.data) + first_row(p.k, task, task.qk_head) +
+                  first_column + t0 * p.k.stride_t;
+  const char *g_raw = static_cast<const char *>(p.g.data) +
+                      (first_row(p.g, task, task.head) + first_column + t0 * p.g.stride_t) * g_size;
+  const int64_t beta_row = first_row(p.beta, task, task.head);
+  const float exp_A =
+      p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
+  float bias0 = 0, bias1 = 0;
+  if (me.active() && p.dt_bias.data) {
+    bias0 = load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)task.head * K + 2 * me.pair);
+    bias1 = load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)task.head * K + 2 * me.pair + 1);
+  }
+  const Gate gate0(p, p.gate, exp_A, bias0), gate1(p, p.gate, exp_A, bias1);
+
+  const auto load = [&](int chunk) {
+    if (chunk < chunks && me.active()) {
+      const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
+      copy_rows<32>(q, p.q.stride_t, tokens, params.aligned_q,
+                    [&](int r, int c) { return &shared.q[at<K>(r, first_column + c)]; });
+      copy_rows<32>(k, p.k.stride_t, tokens, params.aligned_k,
+                    [&](int r, int c) { return &shared.k[at<K>(r, first_column + c)]; });
+      if (g_is_f32)
+        copy_rows<32>(reinterpret_cast<const float *>(g_raw), p.g.stride_t, tokens,
+                      params.aligned_g,
+                      [&](int r, int c) { return &shared.g[r * K + first_column + c]; });
+      else
+        copy_rows<32>(reinterpret_cast<const bf16 *>(g_raw), p.g.stride_t, tokens,
+                      params.aligned_g, [&](int r, int c) {
+                        return reinterpret_cast<bf16 *>(shared.g) + at<K>(r, first_column + c);
+                      });
+      q += GROUPS * CHUNK * p.q.stride_t;
+      k += GROUPS * CHUNK * p.k.stride_t;
+      g_raw += GROUPS * CHUNK * p.g.stride_t * g_size;
+    }
+    cute::cp_async_fence();
+  };
+
+  load(me.group);
+#pragma unroll 1
+  for (int chunk = me.group; chunk < chunks; chunk += GROUPS) {
+    const int turn = chunk / GROUPS;
+    const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
+    const bool solver = me.warp == turn % GROUP_WARPS; /* of (I + A)^-1: the warps take turns */
+    float beta = 0;
+    if (solver && me.lane < tokens)
+      beta = load_float(p.beta.data, p.beta.dtype,
+                        beta_row + (int64_t)(chunk * CHUNK + me.lane) * p.beta.stride_t);
+    cute::cp_async_wait<0>();
+    __syncwarp();
+    float g[16];
+    if (me.active()) {
+      if (g_is_f32) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 pair = *reinterpret_cast<const float2 *>(
+              &shared.g[(me.half * 8 + i) * K + 2 * me.pair]);
+          g[2 * i] = pair.x, g[2 * i + 1] = pair.y;
+        }
+      } else {
+        const bf16 *raw = reinterpret_cast<const bf16 *>(shared.g);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t pair =
+              *reinterpret_cast<const uint32_t *>(raw + at<K>(me.half * 8 + i, 2 * me.pair));
+          g[2 * i] = low_of(pair), g[2 * i + 1] = high_of(pair);
+        }
+      }
+      if (p.gate == FKDA_GATE_BOUNDED)
+        apply_gate<FKDA_GATE_BOUNDED>(g, gate0, gate1);
+      else if (p.gate == FKDA_GATE_SOFTPLUS)
+        apply_gate<FKDA_GATE_SOFTPLUS>(g, gate0, gate1);
+      else
+        apply_gate<FKDA_GATE_DIRECT>(g, gate0, gate1);
+      if (tokens < CHUNK) /* no decay beyond the sequence */
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (me.half * 8 + i >= tokens) g[2 * i] = g[2 * i + 1] = 0;
+    }
+    float sum0 = 0, sum1 = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum0 += g[2 * i], sum1 += g[2 * i + 1];
+    if (turn) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
+    bool by_levels = false;
+    if (p.gate != FKDA_GATE_BOUNDED) /* a bounded gate's half chunk is at least -40 */
+      by_levels = group_sync_or(me.group, me.active() && !(-sum0 <= ANCHOR_RANGE && -sum1 <= ANCHOR_RANGE));
+
+    float k_squares[8], q_squares[8];
+    float triangle[4];
+    if (me.active()) {
+      /* The anchor m is the sum over half 0; R = G_C - m the sum over half 1. */
+      const float other0 = __shfl_xor_sync(0xffffffffu, sum0, 16);
+      const float other1 = __shfl_xor_sync(0xffffffffu, sum1, 16);
+      const float end0 = exp2_approx(me.half ? sum0 : other0);
+      const float end1 = exp2_approx(me.half ? sum1 : other1);
+      if (me.half == 0 && !by_levels) {
+        *reinterpret_cast<float2 *>(&to.to_anchor[2 * me.pair]) =
+            make_float2(exp2_approx(sum0), exp2_approx(sum1));
+        *reinterpret_cast<float2 *>(&to.to_end[2 * me.pair]) = make_float2(end0, end1);
+      }
+      /* D = G - m: behind the anchor a sum from it on; before it, minus the sum up to it. */
+      float D0 = me.half ? 0 : -sum0, D1 = me.half ? 0 : -sum1;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        D0 += g[2 * i];
+        D1 += g[2 * i + 1];
+        const int place = at<K>(me.half * 8 + i, 2 * me.pair);
+        const uint32_t k2 = *reinterpret_cast<const uint32_t *>(&shared.k[place]);
+        const uint32_t q2 = *reinterpret_cast<const uint32_t *>(&shared.q[place]);
+        const float k0 = low_of(k2), k1 = high_of(k2), q0 = low_of(q2), q1 = high_of(q2);
+        k_squares[i] = fmaf(k0, k0, k1 * k1);
+        q_squares[i] = fmaf(q0, q0, q1 * q1);
+        if (!by_levels) {
+          const float e0 = exp2_approx(D0), e1 = exp2_approx(D1);
+          const float inverse0 = k0 * exp2_approx(-D0), inverse1 = k1 * exp2_approx(-D1);
+          *reinterpret_cast<uint32_t *>(&to.k[place]) = pack(k0 * e0, k1 * e1);
+          *reinterpret_cast<uint32_t *>(&to.q[place]) = pack(q0 * e0, q1 * e1);
+          *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = pack(inverse0, inverse1);
+          *reinterpret_cast<uint32_t *>(&to.k_end[place]) = pack(inverse0 * end0, inverse1 * end1);
+        }
+      }
+      if (p.l2norm) {
+        const float k_sum = sum_rows(k_squares, me.lane), q_sum = sum_rows(q_squares, me.lane);
+        const int row = me.half * 8 + ((me.lane & 15) >> 1);
+        if (!(me.lane & 1)) {
+          shared.squares[turn & 1][0][me.warp][row] = k_sum;
+          shared.squares[turn & 1][1][me.warp][row] = q_sum;
+        }
+      }
+    }
+    if (by_levels) {
+      if (me.active()) /* the raw gates have been read by everyone: their place holds g now */
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          *reinterpret_cast<float2 *>(&shared.g[(me.half * 8 + i) * K + 2 * me.pair]) =
+              make_float2(g[2 * i], g[2 * i + 1]);
+      const float4 all = factors_by_levels<K>(shared);
+      triangle[0] = all.x, triangle[1] = all.y, triangle[2] = all.z, triangle[3] = all.w;
+      group_sync(me.group);
+      load(chunk + GROUPS);
+    } else {
+      __syncwarp(); /* the warp's raw rows have been read: the next ones may come */
+      load(chunk + GROUPS);
+      group_sync(me.group);
+      multiply_triangle<K>(triangle, me.warp < 2 ? to.k : to.q, shared.k_inverse, me.warp, me.lane);
+    }
+
+    /* (9): A to the solver, P to the state warps. Above the diagonal zero, whatever the product holds. */
+    if (me.warp < 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = triangle_row(i, me.lane), column = triangle_column(i, me.lane, me.warp);
+        shared.A[row][column] = row > column ? triangle[i] : 0;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const int row = triangle_row(i, me.lane), column = triangle_column(i, me.lane, me.warp);
+        *reinterpret_cast<uint32_t *>(&to.P[row * CHUNK + column]) =
+            pack(row >= column ? triangle[i] : 0, row > column ? triangle[i + 1] : 0);
+      }
+    }
+    group_sync(me.group);
+    if (solver) {
+      if (me.lane < CHUNK) {
+        float k_sum = 0, q_sum = 0;
+        const float scale = (float)p.scale;
+        float norm_k = 1, norm_q = scale;
+        if (p.l2norm) { /* (1) */
+#pragma unroll
+          for (int w = 0; w < K / 32; ++w) {
+            k_sum += shared.squares[turn & 1][0][w][me.lane];
+            q_sum += shared.squares[turn & 1][1][w][me.lane];
+          }
+          norm_k = rsqrtf(k_sum + (float)FKDA_L2NORM_EPS);
+          norm_q = scale * rsqrtf(q_sum + (float)FKDA_L2NORM_EPS);
+        }
+        if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta); /* (3) */
+        to.norm_k[me.lane] = norm_k;
+        to.norm_q[me.lane] = norm_q;
+        to.beta[me.lane] = me.lane < tokens ? beta : 0;
+      }
+      __syncwarp();
+      invert<K>(shared, me.lane);
+    }
+    cutlass::arch::NamedBarrier::arrive(HANDOVER, FULL + me.group);
+  }
+  /* Leave no arrival behind: the state warps arrive at EMPTY once for every chunk. */
+  if (chunks > me.group) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
+}
+
+/* ---- state warps ----------------------------------------------------------------------------------- */
+
+/* A warp's part of S: value rows M tiles of 16, channels K / 8 tiles of 8, in mma accumulator layout.
+ * Accumulator i of tile (m, n): value row 16 m + lane / 4 + 8 (i / 2), channel 8 n + 2 (lane % 4) + i % 2. */
+template <int K, int M>
+struct State {
+  float s[M][K / 8][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < K / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
+  }
+
+  /* Calls visit(address of the first, bytes from one to the other, first, second) for the pairs of
+   * neighbouring channels. `data` is the element (0, 0) of this warp's value rows, strides in bytes. The
+   * empty asm keeps the compiler from holding every address in registers at once. */
+  template <class Visit>
+  __device__ __forceinline__ void each_pair(char *data, int64_t sv, int64_t sk, Visit visit) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        char *at = data + (16 * m + 8 * h + (lane >> 2)) * sv + 2 * (lane & 3) * sk;
+#pragma unroll
+        for (int n = 0; n < K / 8; ++n, at += 8 * sk) {
+          asm volatile("" : "+l"(at));
+          visit(at, sk, s[m][n][2 * h], s[m][n][2 * h + 1]);
+        }
+      }
+  }
+
+  /* Can two neighbouring channels move as one access? Strides in bytes. */
+  __device__ __forceinline__ static bool paired(const void *data, int64_t sv, int64_t sk, int size) {
+    return sk == size && sv % (2 * size) == 0 && reinterpret_cast<uintptr_t>(data) % (2 * size) == 0;
+  }
+
+  __device__ void load(char *data, int32_t dtype, int64_t sv, int64_t sk) {
+    if (dtype == FKDA_F32) {
+      if (paired(data, sv, sk, 4))
+        each_pair(data, sv, 4, [](char *at, int64_t, float &a, float &b) {
+          const float2 x = *reinterpret_cast<const float2 *>(at);
+          a = x.x, b = x.y;
+        });
+      else
+        each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
+          a = *reinterpret_cast<const float *>(at), b = *reinterpret_cast<const float *>(at + step);
+        });
+    } else {
+      each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
+        a = __bfloat162float(*reinterpret_cast<const bf16 *>(at));
+        b = __bfloat162float(*reinterpret_cast<const bf16 *>(at + step));
+      });
+    }
+  }
+
+  __device__ void store(char *data, int32_t dtype, int64_t sv, int64_t sk) {
+    if (dtype == FKDA_F32) {
+      if (paired(data, sv, sk, 4))
+        each_pair(data, sv, 4, [](char *at, int64_t, float &a, float &b) {
+          *reinterpret_cast<float2 *>(at) = make_float2(a, b);
+        });
+      else
+        each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
+          *reinterpret_cast<float *>(at) = a, *reinterpret_cast<float *>(at + step) = b;
+        });
+    } else if (paired(data, sv, sk, 2)) {
+      each_pair(data, sv, 2, [](char *at, int64_t, float &a, float &b) {
+        *reinterpret_cast<uint32_t *>(at) = pack(a, b);
+      });
+    } else {
+      each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
+        *reinterpret_cast<bf16 *>(at) = __float2bfloat16_rn(a);
+        *reinterpret_cast<bf16 *>(at + step) = __float2bfloat16_rn(b);
+      });
+    }
+  }
+
+  /* The head's state at element `offset` of `states`; value rows from `v_first` on. */
+  template <class Move>
+  __device__ __forceinline__ static void place(const fkda_states &states, int layout, int64_t offset,
+                                               int v_first, Move move) {
+    const int size = states.dtype == FKDA_F32 ? 4 : 2;
+    const int64_t row = states.stride_row * size;
+    const int64_t sv = layout == FKDA_STATE_VK ? row : size;
+    move(static_cast<char *>(states.data) + offset * size + v_first * sv, sv,
+         layout == FKDA_STATE_VK ? size : row);
+  }
+  __device__ void load(const fkda_states &from, int layout, int64_t offset, int v_first) {
+    place(from, layout, offset, v_first,
+          [&](char *data, int64_t sv, int64_t sk) { load(data, from.dtype, sv, sk); });
+  }
+  __device__ void store(const fkda_states &to, int layout, int64_t offset, int v_first) {
+    place(to, layout, offset, v_first,
+          [&](char *data, int64_t sv, int64_t sk) { store(data, to.dtype, sv, sk); });
+  }
+};
+
+/* Checkpoints by interval: rows of the sequences before this one. A warp together. */
+__device__ int64_t first_checkpoint_row(const fkda_problem &p, int64_t n) {
+  const int lane = threadIdx.x & 31;
+  int64_t sum = 0;
+  for (int64_t m = lane; m < n; m += 32) {
+    const fkda_span span = fkda_span_of(&p, m);
+    const int64_t length = clamp64(span.length, 0, p.T);
+    sum += (length + p.checkpoints.every - 1) / p.checkpoints.every;
+  }
+#pragma unroll
+  for (int width = 16; width; width /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, width);
+  return sum;
+}
+
+/* The checkpoints and the final state of a sequence. A visit at a chunk boundary calls put(states, element
+ * offset of the head's state) for each one that belongs there. */
+struct Checkpoints {
+  int next; /* tokens done at the next boundary worth a visit */
+
+  __device__ Checkpoints(const fkda_problem &p)
+      : next(p.checkpoints.mode == FKDA_CHECKPOINT_NONE ? INT32_MAX : 0) {}
+
+  __device__ __forceinline__ bool due(int done, bool at_end) const { return done >= next || at_end; }
+
+  template <class Put>
+  __device__ __forceinline__ void visit(const fkda_problem &p, const Task &task, int done, bool at_end,
+                                        Put put) {
+    const fkda_checkpoints &c = p.checkpoints;
+    const bool every = c.mode == FKDA_CHECKPOINT_EVERY, packed = c.mode == FKDA_CHECKPOINT_PACKED;
+    int64_t first = task.n * c.per_sequence, last = first + c.per_sequence;
+    const bool checkpoints_due = done >= next;
+    if (checkpoints_due) next = INT32_MAX;
+    if (!checkpoints_due) {
+      last = first;
+    } else if (every) {
+      int64_t j = -1;
+      if (c.before)
+        j = done % c.every == 0 && done < task.length ? done / c.every : -1;
+      else if (done > 0 && (done % c.every == 0 || done == task.length))
+        j = (done - 1) / c.every;
+      first = last = first_checkpoint_row(p, task.n) + j;
+      if (j >= 0) ++last;
+      const int64_t following = (done / c.every + 1) * c.every;
+      next = following < task.length ? (int)following : task.length;
+      if (next <= done) next = INT32_MAX;
+    } else if (packed) {
+      first = fkda_int_at(c.indptr.data, c.indptr.dtype, task.n * c.indptr.stride);
+      last = fkda_int_at(c.indptr.data, c.indptr.dtype, (task.n + 1) * c.indptr.stride);
+      first = clamp64(first, 0, c.rows);
+    }
+    if (last > c.rows) last = c.rows < first ? first : c.rows; /* device memory: not trusted */
+#pragma unroll 1
+    for (int64_t row = first; row <= last; ++row) {
+      const fkda_states *states = &c.state;
+      int64_t offset = row * c.state.stride_slot;
+      if (row == last) { /* behind the checkpoints: the final state */
+        states = &p.final;
+        if (!at_end || !states->data) break;
+        offset = task.final_slot * states->stride_slot;
+      } else {
+        const int64_t column = row - first;
+        if (!every) {
+          const int64_t at_token = packed ? fkda_index_of(&c.offsets, row, 0)
+                                          : fkda_index_of(&c.offsets, task.n, column);
+          if (at_token > done && at_token < next) next = (int)at_token;
+          if (at_token != done || done > task.length) continue;
+          if (!packed) offset = task.n * c.stride_n + column * c.state.stride_slot;
+        }
+        if (c.slots.data) {
+          const int64_t slot = c.mode == FKDA_CHECKPOINT_OFFSETS && c.slots.columns
+                                   ? fkda_index_of(&c.slots, task.n, column)
+                                   : fkda_index_of(&c.slots, row, 0);
+          if (slot < 0 || slot >= c.state.slots) continue;
+          offset = slot * c.state.stride_slot;
+        }
+      }
+      put(*states, offset + task.head * states->stride_head);
+    }
+  }
+};
+
+template <int K, int VP>
+__device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP> &shared,
+                                const Task &task) {
+  constexpr int M = 1;        /* tiles of 16 value rows a warp */
+  constexpr int COLUMNS = 16; /* value columns a warp */
+  constexpr int PITCH = Shared<K, VP>::V_PITCH, HANDOVER = Shared<K, VP>::HANDOVER;
+  const fkda_problem &p = params.problem;
+  const int warp = threadIdx.x / 32 - GROUPS * GROUP_WARPS, lane = threadIdx.x & 31;
+  const int v_first = task.v_begin + warp * COLUMNS;
+  const int chunks = task.chunks;
+
+  /* Addresses are made anew from the task for each chunk: held, they would spill beside S. */
+  const auto load = [&](int chunk) {
+    if (chunk < chunks) {
+      const int t = chunk * CHUNK, left = task.length - t;
+      bf16 *to = shared.v[chunk % V_STAGES][warp];
+      const bf16 *v = static_cast<const bf16 *>(p.v.data) + first_row(p.v, task, task.head);
+      copy_rows<COLUMNS>(v + v_first + t * p.v.stride_t, p.v.stride_t, left < CHUNK ? left : CHUNK,
+                         params.aligned_v, [&](int r, int c) { return to + r * PITCH + c; });
+    }
+    cute::cp_async_fence();
+  };
+  for (int s = 0; s < V_STAGES - 1; ++s) load(s);
+
+  State<K, M> S;
+  if (task.load_initial)
+    S.load(p.initial, p.layout,
+           task.initial_slot * p.initial.stride_slot + task.head * p.initial.stride_head, v_first);
+  else
+    S.clear();
+  Checkpoints checkpoints(p);
+
+#pragma unroll 1
+  for (int chunk = 0;; ++chunk) {
+    const int done = chunk < chunks ? chunk * CHUNK : task.length;
+    if (checkpoints.due(done, chunk == chunks))
+      checkpoints.visit(p, task, done, chunk == chunks,
+                        [&](const fkda_states &to, int64_t offset) {
+                          S.store(to, p.layout, offset, v_first);
+                        });
+    if (chunk == chunks) break;
+    const int group = chunk % GROUPS;
+    const Factors<K> &f = shared.groups[group].factors;
+    bf16 *tile = shared.v[chunk % V_STAGES][warp];
+    cutlass::arch::NamedBarrier::sync(HANDOVER, FULL + group);
+
+    /* X[v,i] = sum_k S1[v,k] K'[i,k] (n = 0, 1) and Q' (n = 2, 3); S <- S e^m e^{G_C-m} on the way. */
+    float X[M][4][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) X[m][n][i] = 0;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+      uint32_t bk[4], bq[4];
+      /* matrices: tokens 0-7 channels 0-7, tokens 0-7 channels 8-15, tokens 8-15 likewise */
+      const int row = (lane & 7) + ((lane >> 4) << 3), column = k + ((lane >> 3) & 1) * 8;
+      load_matrices(bk, f.k + at<K>(row, column));
+      load_matrices(bq, f.q + at<K>(row, column));
+      float2 in[2], end[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        in[h] = *reinterpret_cast<const float2 *>(&f.to_anchor[k + 8 * h + 2 * (lane & 3)]);
+        end[h] = *reinterpret_cast<const float2 *>(&f.to_end[k + 8 * h + 2 * (lane & 3)]);
+      }
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        uint32_t a[4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float(&s)[4] = S.s[m][k / 8 + h];
+          s[0] *= in[h].x, s[1] *= in[h].y, s[2] *= in[h].x, s[3] *= in[h].y;
+          a[2 * h] = pack(s[0], s[1]);
+          a[2 * h + 1] = pack(s[2], s[3]);
+          s[0] *= end[h].x, s[1] *= end[h].y, s[2] *= end[h].x, s[3] *= end[h].y;
+        }
+        mma(X[m][0], a, bk[0], bk[1]);
+        mma(X[m][1], a, bk[2], bk[3]);
+        mma(X[m][2], a, bq[0], bq[1]);
+        mma(X[m][3], a, bq[2], bq[3]);
+      }
+    }
+
+    cute::cp_async_wait<V_STAGES - 2>(); /* this chunk's v */
+    __syncwarp();
+    float2 norm_k[2], beta[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      norm_k[n] = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
+      beta[n] = *reinterpret_cast<const float2 *>(&f.beta[8 * n + 2 * (lane & 3)]);
+    }
+    uint32_t T_high[4], T_low[4], P[4];
+    {
+      const int place = ((lane & 7) + ((lane >> 4) << 3)) * CHUNK + ((lane >> 3) & 1) * 8;
+      const int transposed = ((lane & 7) + ((lane >> 3) & 1) * 8) * CHUNK + (lane >> 4) * 8;
+      load_transposed(T_high, f.T_high + transposed);
+      load_transposed(T_low, f.T_low + transposed);
+      load_matrices(P, f.P + place);
+    }
+    uint32_t U[M][4]; /* U / |k|, as A operand: value rows x tokens */
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      uint32_t values[4]; /* tokens 0-7 v 0-7, tokens 0-7 v 8-15, tokens 8-15 likewise; transposed */
+      load_transposed(values, tile + ((lane & 7) + ((lane >> 4) << 3)) * PITCH + 16 * m +
+                                  ((lane >> 3) & 1) * 8);
+      /* W = beta (v - X / |k|), in two bf16 parts: U then keeps f32's accuracy up to its own rounding */
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t vv = values[2 * n + h];
+          const float w0 = beta[n].x * fmaf(-norm_k[n].x, X[m][n][2 * h], low_of(vv));
+          const float w1 = beta[n].y * fmaf(-norm_k[n].y, X[m][n][2 * h + 1], high_of(vv));
+          high[2 * n + h] = pack(w0, w1);
+          low[2 * n + h] = pack(w0 - low_of(high[2 * n + h]), w1 - high_of(high[2 * n + h]));
+        }
+      /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float u[4] = {0, 0, 0, 0};
+        mma(u, low, T_high[2 * n], T_high[2 * n + 1]);
+        mma(u, high, T_low[2 * n], T_low[2 * n + 1]);
+        mma(u, high, T_high[2 * n], T_high[2 * n + 1]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          U[m][2 * n + h] = pack(u[2 * h] * norm_k[n].x, u[2 * h + 1] * norm_k[n].y);
+      }
+    }
+
+    /* (12) S[v,k] += sum_j U[v,j] K-[j,k] */
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+      uint32_t b[4]; /* tokens 0-7, 8-15 of channels 0-7, then of channels 8-15 */
+      load_transposed(b, f.k_end + at<K>(lane & 15, k + (lane >> 4) * 8));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        mma(S.s[m][k / 8], U[m], b[0], b[1]);
+        mma(S.s[m][k / 8 + 1], U[m], b[2], b[3]);
+      }
+    }
+
+    /* (11) O[v,i] = scale/|q_i| (X[v,i] + sum_j U[v,j] P[i,j]), over V in shared memory */
+    float2 norm_q[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      norm_q[n] = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
+    cutlass::arch::NamedBarrier::arrive(HANDOVER, EMPTY + group);
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float(&o)[4] = X[m][2 + n];
+        mma(o, U[m], P[2 * n], P[2 * n + 1]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t column = pack(o[2 * h] * norm_q[n].x, o[2 * h + 1] * norm_q[n].y);
+          uint32_t row; /* 8 x 8 transposed: token lane / 4, value columns 2 (lane % 4), + 1 */
+          cute::SM75_U32x1_MOVM_T::copy(column, row);
+          *reinterpret_cast<uint32_t *>(tile + (8 * n + (lane >> 2)) * PITCH + 16 * m + 8 * h +
+                                        2 * (lane & 3)) = row;
+        }
+      }
+    __syncwarp();
+    const int t = chunk * CHUNK, left = task.length - t, tokens = left < CHUNK ? left : CHUNK;
+    bf16 *to = static_cast<bf16 *>(p.out.data) + first_row(p.out, task, task.head) + v_first +
+               t * p.out.stride_t;
+    if (params.aligned_out) {
+      constexpr int PIECES = COLUMNS / 8;
+#pragma unroll
+      for (int i = lane; i < CHUNK * PIECES; i += 32) {
+        const int row = i / PIECES, column = i % PIECES * 8;
+        if (row < tokens)
+          *reinterpret_cast<uint4 *>(to + row * p.out.stride_t + column) =
+              *reinterpret_cast<const uint4 *>(tile + row * PITCH + column);
+      }
+    } else {
+      for (int i = lane; i < tokens * COLUMNS; i += 32)
+        to[i / COLUMNS * p.out.stride_t + i % COLUMNS] = tile[i / COLUMNS * PITCH + i % COLUMNS];
+    }
+    __syncwarp();
+    load(chunk + V_STAGES - 1);
+  }
+}
+
+template <int K, int VP>
+__device__ __forceinline__ void prefill(const fkda_portable_params &params) {
+  extern __shared__ __align__(128) char memory[];
+  static_assert(Shared<K, VP>::THREADS == FKDA_PORTABLE_PREFILL_THREADS(VP), "threads");
+  static_assert(sizeof(Shared<K, VP>) == FKDA_PORTABLE_PREFILL_SHARED(K, VP),
+                "shared memory");
+  Shared<K, VP> &shared = *reinterpret_cast<Shared<K, VP> *>(memory);
+  if (threadIdx.x == 0) shared.task = find_task(params, VP);
+  __syncthreads();
+  const Task &task = shared.task;
+  if (task.skip) return;
+  if (threadIdx.x < GROUPS * GROUP_THREADS)
+    run_factor_warps<K, VP>(params, shared, task);
+  else
+    run_state_warps<K, VP>(params, shared, task);
+}
+
+}  // namespace
+
+#define FKDA_ENTRY(K, VP)                                                                       \
+  extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_PREFILL_THREADS(VP), 1)            \
+      fkda_portable_prefill_k##K##_v##VP(const __grid_constant__ fkda_portable_params params) { \
+    prefill<K, VP>(params);                                                                     \
+  }
+FKDA_PORTABLE_PREFILL_LIST(FKDA_ENTRY)

@@ -1,0 +1,46 @@
+/* Kernels on devices: loaded once for each device, launched into the caller's stream.
+ *
+ * Everything happens in the device's primary context, which is the one that the CUDA runtime and
+ * through it every framework uses; the caller's current context is the same before and after.
+ *
+ * Loading allocates device memory and may synchronise, so it cannot happen during a stream capture: the
+ * first launch on a device, or fkda_warmup(), loads all kernels of the backend, and later launches only
+ * launch. What is loaded stays until the process ends; resetting the primary context
+ * (cudaDeviceReset) behind the library's back leaves it with kernels that are gone.
+ */
+#ifndef FKDA_CUDA_MODULE_H
+#define FKDA_CUDA_MODULE_H
+
+#include "cuda/driver.h"
+
+typedef struct fkda_cuda_kernel {
+  const char *image; /* fkda_cuda_image's name */
+  const char *entry;
+} fkda_cuda_kernel;
+
+struct fkda_cuda_loaded; /* one device's functions */
+
+/* A backend's kernels. */
+typedef struct fkda_cuda_kernels {
+  const fkda_cuda_kernel *kernels;
+  int32_t count;
+  int32_t (*shared)(int32_t kernel);       /* dynamic shared memory of a block in bytes */
+  struct fkda_cuda_loaded *_Atomic loaded; /* newest first, one for each device */
+} fkda_cuda_kernels;
+
+typedef struct fkda_cuda_launch {
+  int32_t kernel; /* index into kernels */
+  uint32_t blocks, threads;
+  const void *params; /* the kernel's one parameter, by value */
+  void *stream;
+} fkda_cuda_launch;
+
+/* Loads the kernels on a device if that has not happened yet. */
+fkda_status fkda_cuda_kernels_load(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,
+                                   int32_t device_id);
+
+/* Launches; loads first if need be, but fails instead if the stream is capturing. */
+fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,
+                                     int32_t device_id, const fkda_cuda_launch *launch);
+
+#endif

@@ -1,0 +1,801 @@
+/* Runs a case on a backend and judges it. Knows the public API only. */
+#define _POSIX_C_SOURCE 200809L
+
+#include <inttypes.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "fixture.h"
+
+static bool complain(fkda_result *result, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+static bool complain(fkda_result *result, const char *format, ...) {
+  va_list list;
+  va_start(list, format);
+  vsnprintf(result->message, sizeof result->message, format, list);
+  va_end(list);
+  result->verdict = FKDA_FAIL;
+  return false;
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+double fkda_tolerance(int32_t io, int32_t dtype) {
+  const int32_t both[2] = {io, dtype};
+  double tolerance = 2e-5;
+  for (int i = 0; i < 2; i++) {
+    const double own = both[i] == FKDA_BF16 ? 2.5e-3 : both[i] == FKDA_F16 ? 1e-3 : 2e-5;
+    tolerance = own > tolerance ? own : tolerance;
+  }
+  return tolerance;
+}
+
+/* ---- gold --------------------------------------------------------------------------------------- */
+
+/* An output of the gold call: contiguous doubles in the shape of the host call's tensor. */
+static bool gold_tensor(fkda_fixture *f, fkda_call *call, fkda_field field) {
+  if (!fkda_call_has(&f->host, field)) return true;
+  const fkda_tensor *like = fkda_call_tensor_const(&f->host, field);
+  const int64_t count = fkda_tensor_elements(like);
+  f->gold[field] = malloc((size_t)(count + 1) * sizeof(double));
+  if (!f->gold[field]) return false;
+  fkda_gather(like, f->gold[field]);
+  *fkda_call_tensor(call, field) =
+      fkda_tensor_contiguous(f->gold[field], FKDA_F64, like->ndim, like->shape);
+  return true;
+}
+
+static bool make_gold(fkda_fixture *f, char *error, size_t capacity) {
+  if (f->have_gold) return true;
+  fkda_call call = f->host;
+  call.header.backend = "reference";
+  for (int field = FKDA_FIRST_OUTPUT; field < FKDA_FIELDS; field++) {
+    free(f->gold[field]);
+    f->gold[field] = NULL;
+    if (!gold_tensor(f, &call, (fkda_field)field)) {
+      snprintf(error, capacity, "out of memory for gold");
+      return false;
+    }
+  }
+  const fkda_status status = fkda_call_run(&call);
+  if (status != FKDA_OK) {
+    snprintf(error, capacity, "gold: %s: %s", fkda_status_string(status), fkda_last_error());
+    return false;
+  }
+  f->have_gold = true;
+  return true;
+}
+
+const double *fkda_fixture_gold(fkda_fixture *fixture, fkda_field field, char *error,
+                                size_t capacity) {
+  return make_gold(fixture, error, capacity) ? fixture->gold[field] : NULL;
+}
+
+/* ---- one call ----------------------------------------------------------------------------------- */
+
+static bool reset(fkda_fixture *f) {
+  for (int i = 0; i < f->buffer_count; i++) {
+    const fkda_buffer *b = &f->buffers[i];
+    if (!f->memory->upload(f->memory, b->device, b->before, b->bytes)) return false;
+  }
+  return true;
+}
+
+static bool fetch(fkda_fixture *f) {
+  for (int i = 0; i < f->buffer_count; i++) {
+    const fkda_buffer *b = &f->buffers[i];
+    if (!f->memory->download(f->memory, b->after, b->device, b->bytes)) return false;
+  }
+  return true;
+}
+
+static void protect(const fkda_fixture *f, bool on) {
+  if (!f->memory->protect) return;
+  for (int i = 0; i < f->buffer_count; i++) {
+    const fkda_buffer *b = &f->buffers[i];
+    const size_t end = b->offset + b->extent;
+    /* The sanitizer's granule is 8 bytes: a guard begins at the next one. */
+    f->memory->protect(f->memory, b->device, b->offset / 8 * 8, on);
+    f->memory->protect(f->memory, b->device + (end + 7) / 8 * 8, b->bytes - (end + 7) / 8 * 8, on);
+  }
+}
+
+/* A workspace of exactly the size asked for, between guards. */
+typedef struct workspace {
+  unsigned char *image, *device;
+  size_t bytes;
+} workspace;
+
+static bool workspace_new(const fkda_memory *memory, fkda_call *call, workspace *w,
+                          fkda_result *result) {
+  size_t size = 0;
+  memset(w, 0, sizeof *w);
+  const fkda_status status = fkda_workspace_size(call, &size);
+  if (status != FKDA_OK) {
+    return complain(result, "fkda_workspace_size: %s: %s", fkda_status_string(status),
+                    fkda_last_error());
+  }
+  w->bytes = size + 2 * FKDA_GUARD;
+  w->image = malloc(w->bytes);
+  w->device = memory->alloc(memory, w->bytes);
+  if (!w->image || !w->device) return complain(result, "out of memory for the workspace");
+  memset(w->image, FKDA_POISON, w->bytes);
+  if (!memory->upload(memory, w->device, w->image, w->bytes))
+    return complain(result, "upload failed");
+  call->header.workspace = w->device + FKDA_GUARD;
+  call->header.workspace_size = size;
+  return true;
+}
+
+static bool workspace_intact(const fkda_memory *memory, const workspace *w, fkda_result *result) {
+  if (!memory->download(memory, w->image, w->device, w->bytes))
+    return complain(result, "download failed");
+  for (size_t i = 0; i < FKDA_GUARD; i++) {
+    if (w->image[i] != FKDA_POISON) {
+      return complain(result, "workspace: written %zu bytes before its begin", FKDA_GUARD - i);
+    }
+    if (w->image[w->bytes - FKDA_GUARD + i] != FKDA_POISON) {
+      return complain(result, "workspace: written %zu bytes past its end", i + 1);
+    }
+  }
+  return true;
+}
+
+/* One call on device memory as it is now. */
+static bool invoke(fkda_fixture *f, const fkda_call *wanted, fkda_status expected,
+                   fkda_result *result) {
+  fkda_call call = *wanted;
+  workspace w = {0};
+  const bool with_workspace = !f->memory->null_workspace || f->c->seed % 2;
+  bool good = !with_workspace || workspace_new(f->memory, &call, &w, result);
+  if (good) {
+    protect(f, true);
+    const double start = now();
+    const fkda_status status = fkda_call_run(&call);
+    result->seconds = now() - start;
+    protect(f, false);
+    if (status != expected) {
+      good = complain(result, "returned \"%s\", expected \"%s\": %s", fkda_status_string(status),
+                      fkda_status_string(expected), status == FKDA_OK ? "" : fkda_last_error());
+    }
+  }
+  if (good && with_workspace) good = workspace_intact(f->memory, &w, result);
+  free(w.image);
+  if (w.device) f->memory->free(f->memory, w.device);
+  return good;
+}
+
+/* ---- judging ------------------------------------------------------------------------------------ */
+
+/* The field whose elements lie at this byte of a buffer, for messages. */
+static const char *owner(const fkda_fixture *f, int buffer, size_t byte) {
+  const fkda_buffer *b = &f->buffers[buffer];
+  static const char *const outside[] = {"guard zone before ", "guard zone after "};
+  static _Thread_local char text[96];
+  const char *zone = byte < b->offset                ? outside[0]
+                     : byte >= b->offset + b->extent ? outside[1]
+                                                     : "";
+  size_t n = (size_t)snprintf(text, sizeof text, "%s", zone);
+  const char *separator = "";
+  for (int field = 0; field < FKDA_FIELDS; field++) {
+    if (fkda_call_has(&f->host, (fkda_field)field) && f->buffer_of[field] == buffer &&
+        n < sizeof text) {
+      n += (size_t)snprintf(text + n, sizeof text - n, "%s%s", separator,
+                            fkda_field_name((fkda_field)field));
+      separator = "/";
+    }
+  }
+  return text;
+}
+
+/* Everything but the units that a correct call writes is as it was. */
+static bool untouched(fkda_fixture *f, bool nothing_written, fkda_result *result) {
+  for (int i = 0; i < f->buffer_count; i++) {
+    fkda_buffer *b = &f->buffers[i];
+    memcpy(b->base, b->before, b->bytes); /* what is expected */
+  }
+  for (int field = FKDA_FIRST_OUTPUT; field < FKDA_FIELDS && !nothing_written; field++) {
+    if (!fkda_call_has(&f->host, (fkda_field)field)) continue;
+    fkda_buffer *b = &f->buffers[f->buffer_of[field]];
+    const fkda_tensor tensor = fkda_fixture_view(f, (fkda_field)field, b->base);
+    const int64_t count = fkda_tensor_elements(&tensor);
+    const int64_t unit = f->units[field] ? count / f->units[field] : 1;
+    const size_t size = fkda_dtype_size(tensor.dtype);
+    const size_t first = (size_t)((unsigned char *)tensor.data - b->base);
+    fkda_walk walk = {0};
+    for (int64_t e = 0; e < count; e++) {
+      if (f->written[field][e / unit]) {
+        const size_t at = first + (size_t)walk.offset * size;
+        memcpy(b->base + at, b->after + at, size);
+      }
+      fkda_walk_step(&walk, &tensor);
+    }
+  }
+  for (int i = 0; i < f->buffer_count; i++) {
+    const fkda_buffer *b = &f->buffers[i];
+    if (memcmp(b->base, b->after, b->bytes) == 0) continue;
+    size_t byte = 0, changed = 0;
+    for (size_t j = b->bytes; j-- > 0;) {
+      if (b->base[j] != b->after[j]) {
+        byte = j;
+        changed++;
+      }
+    }
+    return complain(result, "%s: %zu bytes changed that must not, the first at byte %" PRId64,
+                    owner(f, i, byte), changed, (int64_t)byte - (int64_t)b->offset);
+  }
+  return true;
+}
+
+/* Elements of out about which nothing is promised: those before a NaN in its own chunk and head. */
+static bool exempt(const fkda_fixture *f, fkda_field field, int64_t row, int64_t head,
+                   int32_t chunk) {
+  const fkda_case *c = f->c;
+  if (field != FKDA_FIELD_out || c->nan_field == FKDA_FIELDS) return false;
+  const bool grouped = c->nan_field == FKDA_FIELD_q || c->nan_field == FKDA_FIELD_k;
+  if ((grouped ? head * c->H / c->HV : head) != c->nan_head) return false;
+  const int64_t at = row - f->begins[c->nan_sequence];
+  return at >= c->nan_token / chunk * chunk && at < c->nan_token;
+}
+
+/* RMS(x - gold) / RMS(gold) over written elements [from, to) rows; -1 where there is nothing to compare.
+ * false with a message where one is finite and the other is not. */
+static bool measure(fkda_fixture *f, fkda_field field, int32_t chunk, int64_t from, int64_t to,
+                    double *error, fkda_result *result) {
+  *error = -1;
+  if (!fkda_call_has(&f->host, field)) return true;
+  const fkda_buffer *b = &f->buffers[f->buffer_of[field]];
+  const fkda_tensor tensor = fkda_fixture_view(f, field, b->after);
+  const double *gold = f->gold[field];
+  const int64_t count = fkda_tensor_elements(&tensor);
+  const int64_t unit = f->units[field] ? count / f->units[field] : 1;
+  const int32_t head_at = tensor.ndim - (field == FKDA_FIELD_out ? 2 : 3);
+  double difference = 0, power = 0;
+  int64_t compared = 0;
+  fkda_walk walk = {0};
+  for (int64_t e = 0; e < count; e++, fkda_walk_step(&walk, &tensor)) {
+    const int64_t row = e / unit;
+    if (row < from || row >= to || !f->written[field][row]) continue;
+    const double x = fkda_load(tensor.data, tensor.dtype, walk.offset);
+    if (exempt(f, field, row, walk.index[head_at], chunk)) continue;
+    compared++;
+    if (isfinite(gold[e]) != isfinite(x)) {
+      return complain(result, "%s[%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "]: %g, gold %g",
+                      fkda_field_name(field), walk.index[0], walk.index[1], walk.index[2],
+                      tensor.ndim > 3 ? walk.index[3] : 0, x, gold[e]);
+    }
+    if (!isfinite(gold[e])) continue;
+    difference += (x - gold[e]) * (x - gold[e]);
+    power += gold[e] * gold[e];
+  }
+  if (compared) *error = sqrt(power > 0 ? difference / power : difference);
+  return true;
+}
+
+static bool within(const char *what, double error, double tolerance, fkda_result *result) {
+  if (error <= tolerance) return true; /* -1: nothing to compare */
+  return complain(result, "%s: error %.3g, tolerance %.3g", what, error, tolerance);
+}
+
+/* Error of the state by equations (4) to (6), token by token in fp32; negative if out of memory. */
+static double same_precision_error(const fkda_fixture *f) {
+  const fkda_case *c = f->c;
+  const int64_t K = c->K, V = c->V;
+  const fkda_prefill_args *p = &f->host.prefill;
+  float *S = calloc((size_t)(V * K), sizeof *S);
+  float *k = malloc((size_t)K * sizeof *k), *decay = malloc((size_t)K * sizeof *decay);
+  double difference = 0, power = 0;
+  for (int64_t t = 0; t < c->T && S && k && decay; t++) {
+    float norm = 0;
+    for (int64_t i = 0; i < K; i++) {
+      k[i] = (float)fkda_load(p->k.data, p->k.dtype, t * p->k.stride[1] + i);
+      norm += k[i] * k[i];
+      const float raw = (float)fkda_load(p->g.data, p->g.dtype, t * p->g.stride[1] + i);
+      decay[i] = expf((float)c->lower_bound / (1 + expf(-raw)));
+    }
+    const float scale = 1 / sqrtf(norm + 1e-6f);
+    for (int64_t i = 0; i < K; i++) k[i] *= scale;
+    const float logit = (float)fkda_load(p->beta.data, p->beta.dtype, t * p->beta.stride[1]);
+    for (int64_t v = 0; v < V; v++) {
+      float u = 0;
+      for (int64_t i = 0; i < K; i++) {
+        S[v * K + i] *= decay[i]; /* (4) */
+        u += S[v * K + i] * k[i];
+      }
+      u = ((float)fkda_load(p->v.data, p->v.dtype, t * p->v.stride[1] + v) - u) /
+          (1 + expf(-logit));                                   /* (5) */
+      for (int64_t i = 0; i < K; i++) S[v * K + i] += u * k[i]; /* (6) */
+    }
+  }
+  for (int64_t i = 0; i < V * K && S; i++) {
+    const double gold = f->gold[FKDA_FIELD_final_state][i];
+    difference += (S[i] - gold) * (S[i] - gold);
+    power += gold * gold;
+  }
+  const double error = S && k && decay ? sqrt(difference / power) : -1;
+  free(S);
+  free(k);
+  free(decay);
+  return error;
+}
+
+static bool accurate(fkda_fixture *f, fkda_result *result) {
+  static const fkda_field states[] = {FKDA_FIELD_final_state, FKDA_FIELD_state, FKDA_FIELD_M,
+                                      FKDA_FIELD_b};
+  const int32_t io = f->c->io;
+  double error;
+  if (!measure(f, FKDA_FIELD_out, result->chunk, 0, INT64_MAX, &result->error_out, result))
+    return false;
+  if (!measure(f, FKDA_FIELD_checkpoint_state, result->chunk, 0, INT64_MAX,
+               &result->error_checkpoint, result)) {
+    return false;
+  }
+  for (size_t i = 0; i < sizeof states / sizeof states[0]; i++) {
+    if (!fkda_call_has(&f->host, states[i])) continue;
+    if (!measure(f, states[i], result->chunk, 0, INT64_MAX, &error, result)) return false;
+    if (error > result->error_state) result->error_state = error;
+    result->tolerance_state =
+        fkda_tolerance(io, fkda_call_tensor_const(&f->host, states[i])->dtype);
+  }
+  result->tolerance_out = fkda_tolerance(io, io);
+  if (f->c->same_precision) {
+    const double limit = 2 * same_precision_error(f);
+    if (limit > result->tolerance_state) result->tolerance_state = limit;
+  }
+  result->tolerance_checkpoint = fkda_tolerance(io, f->c->checkpoint_dtype);
+  return within("out", result->error_out, result->tolerance_out, result) &&
+         within(f->c->op == FKDA_OP_SUMMARY ? "M or b" : "final state", result->error_state,
+                result->tolerance_state, result) &&
+         within("checkpoints", result->error_checkpoint, result->tolerance_checkpoint, result);
+}
+
+/* ---- claims --------------------------------------------------------------------------------------- */
+
+static bool same_bits(fkda_fixture *f, const char *claim, fkda_result *result) {
+  if (!fetch(f)) return complain(result, "%s: download failed", claim);
+  for (int i = 0; i < f->buffer_count; i++) {
+    const fkda_buffer *b = &f->buffers[i];
+    if (memcmp(b->base, b->after, b->bytes) == 0) continue;
+    size_t byte = 0;
+    while (b->base[byte] == b->after[byte]) byte++;
+    return complain(result, "%s: %s differs, first at byte %" PRId64, claim, owner(f, i, byte),
+                    (int64_t)byte - (int64_t)b->offset);
+  }
+  return true;
+}
+
+static bool twice(fkda_fixture *f, fkda_result *result) {
+  const double seconds = result->seconds;
+  const bool good = reset(f) && invoke(f, &f->device, FKDA_OK, result) &&
+                    same_bits(f, "the same call twice", result);
+  result->seconds = seconds;
+  return good;
+}
+
+/* The call on tokens [first, first + count) of every batch row. */
+static void take_tokens(fkda_call *call, int64_t first, int64_t count) {
+  static const fkda_field rows[] = {FKDA_FIELD_q, FKDA_FIELD_k,    FKDA_FIELD_v,
+                                    FKDA_FIELD_g, FKDA_FIELD_beta, FKDA_FIELD_out};
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    fkda_tensor *tensor = fkda_call_tensor(call, rows[i]);
+    *tensor = fkda_slice(*tensor, 1, first, count);
+  }
+}
+
+/* The call on one sequence alone. */
+static void take_sequence(const fkda_fixture *f, fkda_call *call, int64_t n, int64_t count) {
+  static const fkda_field rows[] = {FKDA_FIELD_q, FKDA_FIELD_k,    FKDA_FIELD_v,
+                                    FKDA_FIELD_g, FKDA_FIELD_beta, FKDA_FIELD_out};
+  static const fkda_field states[] = {FKDA_FIELD_initial_state, FKDA_FIELD_final_state};
+  if (!f->c->lens) {
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+      fkda_tensor *tensor = fkda_call_tensor(call, rows[i]);
+      *tensor = fkda_slice(*tensor, 0, n, 1);
+    }
+    take_tokens(call, 0, count);
+  } else {
+    take_tokens(call, f->begins[n], count);
+    call->prefill.cu_seqlens = (fkda_tensor){0};
+  }
+  for (int i = 0; i < 2; i++) {
+    fkda_tensor *tensor = fkda_call_tensor(call, states[i]);
+    if (tensor->dtype) *tensor = fkda_slice(*tensor, 0, n, 1);
+  }
+}
+
+/* Room for states [N,HV,...] on the device, of the type in which the backend keeps its running state:
+ * fp32, double for the reference. */
+static fkda_tensor middle_state(const fkda_fixture *f) {
+  const fkda_case *c = f->c;
+  const bool vk = c->layout == FKDA_STATE_VK;
+  const int64_t shape[4] = {fkda_case_sequences(c), c->HV, vk ? c->V : c->K, vk ? c->K : c->V};
+  const bool reference = f->device.header.backend && !strcmp(f->device.header.backend, "reference");
+  fkda_tensor tensor = fkda_tensor_contiguous(NULL, reference ? FKDA_F64 : FKDA_F32, 4, shape);
+  tensor.data = f->memory->alloc(f->memory, fkda_tensor_extent(&tensor));
+  return tensor;
+}
+
+static bool split(fkda_fixture *f, fkda_result *result) {
+  const int64_t T = f->c->T, unit = result->chunk > 16 ? result->chunk : 16;
+  const int64_t points[3] = {unit, T / 2 / unit * unit, (T - 1) / unit * unit};
+  const fkda_tensor middle = middle_state(f);
+  bool good = middle.data || complain(result, "split: out of memory");
+  for (int i = 0; i < 3 && good; i++) {
+    if (points[i] <= 0 || points[i] >= T) {
+      good =
+          complain(result, "split: T = %" PRId64 " is too short for chunks of %" PRId64, T, unit);
+      break;
+    }
+    fkda_call first = f->device, second = f->device;
+    take_tokens(&first, 0, points[i]);
+    take_tokens(&second, points[i], T - points[i]);
+    first.prefill.final_state = second.prefill.initial_state = middle;
+    first.prefill.final_state_indices = second.prefill.initial_state_indices = (fkda_tensor){0};
+    second.prefill.has_initial_state = (fkda_tensor){0};
+    char claim[64];
+    snprintf(claim, sizeof claim, "split at %" PRId64, points[i]);
+    good = reset(f) && invoke(f, &first, FKDA_OK, result) && invoke(f, &second, FKDA_OK, result) &&
+           same_bits(f, claim, result);
+  }
+  if (middle.data) f->memory->free(f->memory, middle.data);
+  return good;
+}
+
+static bool alone(fkda_fixture *f, fkda_result *result) {
+  bool good = reset(f);
+  for (int64_t n = 0; n < fkda_case_sequences(f->c) && good; n++) {
+    fkda_call call = f->device;
+    take_sequence(f, &call, n, f->lengths[n]);
+    good = invoke(f, &call, FKDA_OK, result);
+  }
+  return good && same_bits(f, "each sequence alone", result);
+}
+
+/* Other finite values in every token after p, gates that a path choice could fall for among them. */
+static void change_tokens(const fkda_fixture *f, int64_t p) {
+  static const fkda_field rows[] = {FKDA_FIELD_q, FKDA_FIELD_k, FKDA_FIELD_v, FKDA_FIELD_g,
+                                    FKDA_FIELD_beta};
+  const fkda_case *c = f->c;
+  const double extreme = c->gate == FKDA_GATE_DIRECT ? -90 : 60;
+  fkda_random random;
+  fkda_random_seed(&random, c->seed + (uint64_t)p);
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    fkda_tensor tensor = fkda_fixture_view(f, rows[i], f->buffers[f->buffer_of[rows[i]]].after);
+    fkda_dist dist = {FKDA_DIST_UNIFORM, -0.25, 0.25};
+    if (rows[i] == FKDA_FIELD_g) dist = (fkda_dist){FKDA_DIST_EITHER, extreme, -1e-3};
+    if (rows[i] == FKDA_FIELD_beta) dist = (fkda_dist){FKDA_DIST_UNIFORM, 0.3, 0.9};
+    tensor = fkda_slice(tensor, 1, p + 1, c->T - p - 1);
+    fkda_random_fill(&random, &tensor, dist, -1, -1);
+  }
+}
+
+static bool future(fkda_fixture *f, fkda_result *result) {
+  const fkda_case *c = f->c;
+  const int64_t T = c->T, chunk = result->chunk;
+  const int64_t points[3] = {T / 3, T / 2 / 16 * 16 + 2, T - 2};
+  const fkda_buffer *b = &f->buffers[f->buffer_of[FKDA_FIELD_out]];
+  for (int i = 0; i < 3; i++) {
+    const int64_t p = points[i], begin = (p + 1) / chunk * chunk;
+    if (!reset(f) || !fetch(f)) return complain(result, "future: copy failed");
+    change_tokens(f, p);
+    for (int j = 0; j < f->buffer_count; j++) {
+      const fkda_buffer *x = &f->buffers[j];
+      if (!f->memory->upload(f->memory, x->device, x->after, x->bytes)) {
+        return complain(result, "future: upload failed");
+      }
+    }
+    if (!invoke(f, &f->device, FKDA_OK, result)) return false;
+    if (!fetch(f)) return complain(result, "future: download failed");
+    const fkda_tensor after = fkda_fixture_view(f, FKDA_FIELD_out, b->after);
+    const fkda_tensor base = fkda_fixture_view(f, FKDA_FIELD_out, b->base);
+    const size_t size = fkda_dtype_size(after.dtype);
+    fkda_walk walk = {0};
+    for (int64_t e = fkda_tensor_elements(&after); e > 0; e--, fkda_walk_step(&walk, &after)) {
+      const int64_t at = walk.offset * (int64_t)size;
+      if (walk.index[1] < begin &&
+          memcmp((char *)after.data + at, (char *)base.data + at, size) != 0) {
+        return complain(result,
+                        "future: tokens after %" PRId64 " changed, and with them out[%" PRId64
+                        ",%" PRId64 ",%" PRId64 ",%" PRId64 "] of a chunk before",
+                        p, walk.index[0], walk.index[1], walk.index[2], walk.index[3]);
+      }
+    }
+    for (int64_t n = 0; n < c->B; n++) {
+      double error;
+      if (!measure(f, FKDA_FIELD_out, result->chunk, n * T, n * T + p + 1, &error, result) ||
+          !within("future: out up to the changed token", error, result->tolerance_out, result)) {
+        return false;
+      }
+      if (begin <= p && (!measure(f, FKDA_FIELD_out, result->chunk, n * T + begin, n * T + p + 1,
+                                  &error, result) ||
+                         !within("future: out in the changed token's chunk", error,
+                                 result->tolerance_out, result))) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+/* Bytes of one state [HV,rows,cols] of a (maybe strided) tensor, contiguous. */
+static void state_bytes(fkda_tensor states, int64_t slot, void *out) {
+  const fkda_tensor one = fkda_slice(states, 0, slot, 1);
+  fkda_gather_bytes(&one, out);
+}
+
+/* Offsets [N,C] or an interval, both without slots and in fp32: row by row against the prefix alone. */
+static bool prefix(fkda_fixture *f, fkda_result *result) {
+  const fkda_case *c = f->c;
+  const fkda_buffer *b = &f->buffers[f->buffer_of[FKDA_FIELD_checkpoint_state]];
+  fkda_tensor stored = fkda_fixture_view(f, FKDA_FIELD_checkpoint_state, b->base);
+  const int64_t per_sequence = stored.ndim == 5 ? stored.shape[1] : 0;
+  if (stored.ndim == 5) { /* [N,C,...] -> [N*C,...]; contiguous in these cases */
+    const int64_t shape[4] = {stored.shape[0] * stored.shape[1], stored.shape[2], stored.shape[3],
+                              stored.shape[4]};
+    stored = fkda_tensor_contiguous(stored.data, stored.dtype, 4, shape);
+  }
+  const size_t bytes = (size_t)(c->HV * c->K * c->V) * 4;
+  fkda_tensor middle = middle_state(f); /* room enough for fp32, the checkpoints' type */
+  middle.dtype = FKDA_F32;
+  unsigned char *expected = malloc(bytes), *got = malloc(bytes);
+  bool good = (middle.data && expected && got) || complain(result, "prefix: out of memory");
+  int64_t row = 0, checked = 0;
+  for (int64_t n = 0; n < fkda_case_sequences(c) && good; n++) {
+    const int64_t mine = per_sequence ? per_sequence : (f->lengths[n] + c->every - 1) / c->every;
+    for (int64_t j = 0; j < mine && good; j++, row++) {
+      int64_t p = c->marks == FKDA_MARKS_EVERY ? (j + 1) * c->every : j * c->every;
+      if (c->marks == FKDA_MARKS_EVERY && p > f->lengths[n]) p = f->lengths[n];
+      if (!f->written[FKDA_FIELD_checkpoint_state][row] || p % result->chunk) continue;
+      fkda_call call = f->device;
+      call.prefill.final_state = middle;
+      take_sequence(f, &call, n, p);
+      call.prefill.final_state = fkda_slice(middle, 0, 0, 1);
+      call.prefill.checkpoint_state = call.prefill.checkpoint_offsets = (fkda_tensor){0};
+      call.prefill.checkpoint_every = call.prefill.checkpoint_before = 0;
+      good = reset(f) && invoke(f, &call, FKDA_OK, result) &&
+             f->memory->download(f->memory, got, middle.data, bytes);
+      if (!good) break;
+      state_bytes(stored, row, expected);
+      checked++;
+      if (memcmp(expected, got, bytes) != 0) {
+        good = complain(result,
+                        "prefix: checkpoint of sequence %" PRId64 " at %" PRId64
+                        " is not the final state of its prefix",
+                        n, p);
+      }
+    }
+  }
+  if (good && !checked) good = complain(result, "prefix: no checkpoint at a multiple of the chunk");
+  free(expected);
+  free(got);
+  if (middle.data) f->memory->free(f->memory, middle.data);
+  return good;
+}
+
+typedef struct thread_task {
+  pthread_t thread;
+  const fkda_fixture *leader;
+  fkda_result result;
+  bool good;
+} thread_task;
+
+static void *thread_main(void *argument) {
+  thread_task *task = argument;
+  const fkda_fixture *leader = task->leader;
+  task->result = (fkda_result){.chunk = leader->c->op == FKDA_OP_DECODE ? 1 : 16};
+  fkda_fixture *f = fkda_fixture_new(leader->c, leader->memory, task->result.message,
+                                     sizeof task->result.message);
+  if (!f) return NULL;
+  f->device.header.backend = leader->device.header.backend;
+  for (int i = 0; i < f->buffer_count; i++) {
+    memcpy(f->buffers[i].base, leader->buffers[i].base, f->buffers[i].bytes);
+  }
+  task->good = true;
+  for (int round = 0; round < 3 && task->good; round++) {
+    task->good = reset(f) && invoke(f, &f->device, FKDA_OK, &task->result) &&
+                 same_bits(f, "several host threads at once", &task->result);
+  }
+  fkda_fixture_free(f);
+  return NULL;
+}
+
+static bool threads(fkda_fixture *f, fkda_result *result) {
+  enum { THREADS = 4 };
+  thread_task tasks[THREADS];
+  const int32_t pool = fkda_num_threads();
+  bool good = true;
+  int started = 0;
+  for (; started < THREADS; started++) {
+    tasks[started] = (thread_task){.leader = f};
+    if (pthread_create(&tasks[started].thread, NULL, thread_main, &tasks[started])) {
+      good = complain(result, "threads: cannot start one");
+      break;
+    }
+  }
+  for (int i = 0; i < started; i++) {
+    pthread_join(tasks[i].thread, NULL);
+    if (good && !tasks[i].good) good = complain(result, "%s", tasks[i].result.message);
+  }
+  for (int32_t size = 1; size <= 5 && good; size += 2) {
+    char claim[64];
+    snprintf(claim, sizeof claim, "pool of %" PRId32 " threads", size);
+    good = fkda_set_num_threads(size) == FKDA_OK ||
+           complain(result, "%s: %s", claim, fkda_last_error());
+    good =
+        good && reset(f) && invoke(f, &f->device, FKDA_OK, result) && same_bits(f, claim, result);
+  }
+  if (fkda_set_num_threads(pool) != FKDA_OK && good)
+    good = complain(result, "threads: cannot restore the pool");
+  return good;
+}
+
+/* The pool's threads do not exist in the child; the call must notice. */
+static bool forked(fkda_fixture *f, fkda_result *result) {
+  int status = 0;
+  fflush(NULL);
+  const pid_t child = fork();
+  if (child < 0) return complain(result, "fork failed");
+  if (child == 0) {
+    alarm(60); /* a child that waits for threads that are not there */
+    const bool good =
+        reset(f) && invoke(f, &f->device, FKDA_OK, result) && same_bits(f, "fork", result);
+    _exit(good ? 0 : 1);
+  }
+  if (waitpid(child, &status, 0) != child) return complain(result, "fork: waitpid failed");
+  if (WIFSIGNALED(status)) {
+    return complain(result, "fork: the child died of signal %d%s", WTERMSIG(status),
+                    WTERMSIG(status) == SIGALRM ? " (hangs)" : "");
+  }
+  if (WEXITSTATUS(status)) return complain(result, "fork: other bits, or an error, in the child");
+  return twice(f, result); /* and the parent still works */
+}
+
+/* Summary: S_in M + b against the final state of a prefill in double. */
+static bool affine(fkda_fixture *f, fkda_result *result) {
+  const fkda_case *c = f->c;
+  const int64_t N = fkda_case_sequences(c), K = c->K, V = c->V;
+  const int64_t shape[4] = {N, c->HV, V, K};
+  const int64_t count = N * c->HV * V * K;
+  double *start = malloc((size_t)(count + 1) * sizeof *start);
+  double *end = malloc((size_t)(count + 1) * sizeof *end);
+  const fkda_summary_args *s = &f->host.summary;
+  fkda_prefill_args p = FKDA_PREFILL_ARGS_INIT;
+  bool good = (start && end) || complain(result, "affine: out of memory");
+  double *out = malloc((size_t)(fkda_tensor_elements(&s->v) + 1) * sizeof *out);
+  good = good && (out || complain(result, "affine: out of memory"));
+  if (good) {
+    fkda_random random;
+    fkda_random_seed(&random, c->seed + 12345);
+    for (int64_t i = 0; i < count; i++) start[i] = fkda_random_normal(&random);
+    p.backend = "reference";
+    p.q = p.k = s->k;
+    p.v = s->v;
+    p.g = s->g;
+    p.beta = s->beta;
+    p.out = fkda_tensor_contiguous(out, FKDA_F64, 4, s->v.shape);
+    p.gate = s->gate;
+    p.l2norm = s->l2norm;
+    p.beta_is_logit = s->beta_is_logit;
+    p.allow_neg_eigval = s->allow_neg_eigval;
+    p.lower_bound = s->lower_bound;
+    p.A_log = s->A_log;
+    p.dt_bias = s->dt_bias;
+    p.cu_seqlens = s->cu_seqlens;
+    p.initial_state = fkda_tensor_contiguous(start, FKDA_F64, 4, shape);
+    p.final_state = fkda_tensor_contiguous(end, FKDA_F64, 4, shape);
+    const fkda_status status = fkda_prefill(&p);
+    if (status != FKDA_OK) good = complain(result, "affine: gold: %s", fkda_last_error());
+  }
+  if (good) {
+    const fkda_tensor M =
+        fkda_fixture_view(f, FKDA_FIELD_M, f->buffers[f->buffer_of[FKDA_FIELD_M]].base);
+    const fkda_tensor b =
+        fkda_fixture_view(f, FKDA_FIELD_b, f->buffers[f->buffer_of[FKDA_FIELD_b]].base);
+    const bool vk = c->layout == FKDA_STATE_VK;
+    double difference = 0, power = 0;
+    for (int64_t nh = 0; nh < N * c->HV; nh++) {
+      const int64_t n = nh / c->HV, h = nh % c->HV;
+      const int64_t at_m = n * M.stride[0] + h * M.stride[1],
+                    at_b = n * b.stride[0] + h * b.stride[1];
+      for (int64_t v = 0; v < V; v++) {
+        for (int64_t k = 0; k < K; k++) {
+          double sum = fkda_load(
+              b.data, b.dtype,
+              at_b + (vk ? v * b.stride[2] + k * b.stride[3] : k * b.stride[2] + v * b.stride[3]));
+          for (int64_t i = 0; i < K; i++) {
+            sum += start[(nh * V + v) * K + i] *
+                   fkda_load(M.data, M.dtype, at_m + i * M.stride[2] + k * M.stride[3]);
+          }
+          const double gold = end[(nh * V + v) * K + k];
+          difference += (sum - gold) * (sum - gold);
+          power += gold * gold;
+        }
+      }
+    }
+    const double error = power > 0 ? sqrt(difference / power) : sqrt(difference);
+    good = within("S_in M + b", error, fkda_tolerance(c->io, FKDA_F32), result);
+  }
+  free(start);
+  free(end);
+  free(out);
+  return good;
+}
+
+static bool claims_hold(fkda_fixture *f, fkda_result *result) {
+  const int claims = f->c->claims;
+  return (!(claims & FKDA_CLAIM_TWICE) || twice(f, result)) &&
+         (!(claims & FKDA_CLAIM_SPLIT) || split(f, result)) &&
+         (!(claims & FKDA_CLAIM_ALONE) || alone(f, result)) &&
+         (!(claims & FKDA_CLAIM_FUTURE) || future(f, result)) &&
+         (!(claims & FKDA_CLAIM_PREFIX) || prefix(f, result)) &&
+         (!(claims & FKDA_CLAIM_THREADS) || threads(f, result)) &&
+         (!(claims & FKDA_CLAIM_FORK) || forked(f, result)) &&
+         (!(claims & FKDA_CLAIM_AFFINE) || affine(f, result));
+}
+
+/* ---- a case ------------------------------------------------------------------------------------- */
+
+/* Slots that the CPU backends must refuse, with nothing written; CUDA skips them. */
+static bool must_refuse(const fkda_fixture *f) {
+  return (f->c->slots == FKDA_SLOTS_OUT_OF_RANGE || f->c->slots == FKDA_SLOTS_NEGATIVE) &&
+         f->memory->device_type == FKDA_DEVICE_CPU;
+}
+
+bool fkda_fixture_run(fkda_fixture *f, const char *backend, fkda_result *result) {
+  *result = (fkda_result){.error_out = -1, .error_state = -1, .error_checkpoint = -1};
+  f->device.header.backend = backend;
+  const fkda_status status = fkda_query(&f->device);
+  /* Prefill and decode are what a backend is for; an experimental operation it may lack. */
+  if (status == FKDA_ERROR_UNSUPPORTED && f->c->op == FKDA_OP_SUMMARY) {
+    snprintf(result->message, sizeof result->message, "%s", fkda_last_error());
+    result->verdict = FKDA_SKIP;
+    return false;
+  }
+  if (status != FKDA_OK) {
+    return complain(result, "fkda_query: %s: %s", fkda_status_string(status), fkda_last_error());
+  }
+  fkda_plan_info plan = {.struct_size = sizeof plan};
+  if (fkda_plan(&f->device, &plan) != FKDA_OK)
+    return complain(result, "fkda_plan: %s", fkda_last_error());
+  if (backend && strcmp(plan.backend, backend) != 0 && strcmp(backend, "cpu") != 0) {
+    return complain(result, "planned for \"%s\"", plan.backend);
+  }
+  result->chunk = plan.chunk;
+  const bool refuse = must_refuse(f);
+  if (!refuse && !make_gold(f, result->message, sizeof result->message)) {
+    result->verdict = FKDA_FAIL;
+    return false;
+  }
+  if (!reset(f)) return complain(result, "upload failed");
+  if (!invoke(f, &f->device, refuse ? FKDA_ERROR_INVALID_ARGUMENT : FKDA_OK, result)) return false;
+  if (!fetch(f)) return complain(result, "download failed");
+  if (!untouched(f, refuse, result)) return false;
+  if (refuse) return true;
+  if (!accurate(f, result)) return false;
+  const double seconds = result->seconds;
+  const bool good = claims_hold(f, result); /* `untouched` has left the outputs in `base` */
+  result->seconds = seconds;
+  return good;
+}
+
+bool fkda_case_run(const fkda_case *c, const char *backend, fkda_result *result) {
+  *result = (fkda_result){
+      .verdict = FKDA_FAIL, .error_out = -1, .error_state = -1, .error_checkpoint = -1};
+  fkda_fixture *f =
+      fkda_fixture_new(c, fkda_memory_host(), result->message, sizeof result->message);
+  if (!f) return false;
+  const bool good = fkda_fixture_run(f, backend, result);
+  fkda_fixture_free(f);
+  return good;
+}

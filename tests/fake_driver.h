@@ -1,0 +1,63 @@
+/* A libcuda.so.1 for tests: says of itself what the test wants, and records what it is asked to do.
+ * It also counts what a real driver would not forgive. One process, one fake driver: tests set it up
+ * in a forked child.
+ */
+#ifndef FKDA_TESTS_FAKE_DRIVER_H
+#define FKDA_TESTS_FAKE_DRIVER_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+enum { FAKE_DEVICES = 3, FAKE_FUNCTIONS = 64, FAKE_PARAMS = 2048 };
+
+/* A CUstream. */
+typedef struct fake_stream {
+  int device;
+  int capture; /* CUstreamCaptureStatus */
+} fake_stream;
+
+typedef struct fake_launch {
+  char entry[64];
+  unsigned grid[3], block[3], shared;
+  void *stream;
+  int device; /* of the current context */
+  unsigned char params[FAKE_PARAMS];
+} fake_launch;
+
+typedef struct fake_driver {
+  /* what it says */
+  int version, device_count;
+  struct {
+    int major, minor;
+  } capability[FAKE_DEVICES];
+  const char *failing; /* this function answers `failure` */
+  int failure;
+  int params_size;    /* bytes of a kernel's parameter */
+  int legacy_capture; /* what cuStreamIsCapturing says of stream NULL: a CUresult */
+
+  /* what it was asked */
+  atomic_int inits, retains, releases, pushes, pops, loads, unloads, functions, function_loads,
+      launches, current_asked;
+  char entries[FAKE_FUNCTIONS][64]; /* of cuModuleGetFunction, in order */
+  int entry_shared[FAKE_FUNCTIONS];
+  int entry_device[FAKE_FUNCTIONS];
+  fake_launch launch; /* the last one */
+  atomic_int mistakes;
+  char mistake[128]; /* the last one */
+} fake_driver;
+
+extern fake_driver fake;
+
+/* The context of a device; what a test makes current itself. */
+void *fake_context(int device);
+/* Depth of the calling thread's stack of contexts. */
+int fake_depth(void);
+/* Its CUstreamCaptureMode; 0 (global) at first. */
+int fake_capture_mode(void);
+
+/* Those of the driver's functions that tests call themselves. */
+int cuCtxPushCurrent_v2(void *context);
+int cuCtxPopCurrent_v2(void **context);
+int cuCtxGetCurrent(void **context);
+
+#endif

@@ -1,0 +1,43 @@
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from problems import LIBRARIES  # noqa: E402
+
+
+@pytest.fixture(params=LIBRARIES, ids=lambda library: library.name)
+def library(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """Path of the command line: FLASHKDA_TOOL, or `flashkda` on the PATH."""
+    path = os.environ.get("FLASHKDA_TOOL") or shutil.which("flashkda")
+    if not path:
+        pytest.skip("set FLASHKDA_TOOL to the command line `flashkda`")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs code in a fresh interpreter and returns what it printed."""
+
+    def run(code, timeout=120, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **environment},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run

@@ -1,0 +1,687 @@
+/* The CUDA host code against a driver made up for it (fake_driver.h), so on machines without a GPU too:
+ * refusals in words (case 25), launches and what they carry, loading once under many threads (24),
+ * contexts, capture (23), fork. Tensors lie at addresses that no host memory has: nothing may look. */
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* after the above, which it needs */
+#include <setjmp.h>
+
+#include <cmocka.h>
+
+#include "cuda/images.h"
+#include "cuda/kernels/portable/params.h"
+#include "fake_driver.h"
+#include "flashkda/flashkda.h"
+
+/* ---- each scenario in a process of its own ---- */
+
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) fail_child(__LINE__, #condition);                              \
+  } while (0)
+#define CHECK_INT(actual, expected)                                                  \
+  do {                                                                               \
+    const long long is_ = (long long)(actual), should_ = (long long)(expected);      \
+    if (is_ != should_) {                                                            \
+      fprintf(stderr, "%lld, expected %lld\n", is_, should_);                        \
+      fail_child(__LINE__, #actual);                                                 \
+    }                                                                                \
+  } while (0)
+#define CHECK_TEXT(actual, expected)                                                 \
+  do {                                                                               \
+    if (strcmp(actual, expected) != 0) {                                             \
+      fprintf(stderr, "\"%s\",\nexpected \"%s\"\n", actual, expected);               \
+      fail_child(__LINE__, #actual);                                                 \
+    }                                                                                \
+  } while (0)
+#define CHECK_FAILS(call, expected_status, message)                                  \
+  do {                                                                               \
+    CHECK_INT(call, expected_status);                                                \
+    CHECK_TEXT(fkda_last_error(), message);                                          \
+  } while (0)
+#define CHECK_OK(call)                                                               \
+  do {                                                                               \
+    if ((call) != FKDA_OK) fail_child(__LINE__, fkda_last_error());                  \
+  } while (0)
+
+static void fail_child(int line, const char *what) {
+  fprintf(stderr, "%s:%d: %s\n", __FILE__, line, what);
+  _exit(1);
+}
+
+static void run_in_child(void (*scenario)(void)) {
+  fflush(NULL);
+  const pid_t child = fork();
+  assert_true(child >= 0);
+  if (child == 0) {
+    fake.version = fkda_cuda_toolkit_version / 1000 * 1000;
+    fake.params_size = sizeof(fkda_portable_params);
+    scenario();
+    CHECK_INT(atomic_load(&fake.pushes), atomic_load(&fake.pops));
+    CHECK_INT(fake_depth(), 0);
+    CHECK_INT(fake_capture_mode(), 0);
+    CHECK_TEXT(fake.mistake, "");
+    _exit(0);
+  }
+  int status = -1;
+  assert_int_equal(waitpid(child, &status, 0), child);
+  assert_true(WIFEXITED(status));
+  assert_int_equal(WEXITSTATUS(status), 0);
+}
+
+#define SCENARIO(name)                                                               \
+  static void name(void);                                                            \
+  static void test_##name(void **state) {                                            \
+    (void)state;                                                                     \
+    run_in_child(name);                                                              \
+  }                                                                                  \
+  static void name(void)
+
+/* ---- calls ---- */
+
+static uintptr_t next_address;
+
+static fkda_tensor place(int32_t dtype, int32_t ndim, const int64_t *shape) {
+  int64_t bytes = (int64_t)fkda_dtype_size(dtype);
+  for (int32_t i = 0; i < ndim; ++i) bytes *= shape[i] ? shape[i] : 1;
+  next_address += ((uintptr_t)bytes + 511) / 256 * 256;
+  return fkda_tensor_contiguous((void *)(next_address - ((uintptr_t)bytes + 255) / 256 * 256), dtype,
+                                ndim, shape);
+}
+#define PLACE(dtype, ...)                                            \
+  place(dtype, (int32_t)(sizeof(int64_t[]){__VA_ARGS__} / sizeof(int64_t)), \
+        (const int64_t[]){__VA_ARGS__})
+
+static fake_stream stream_of[FAKE_DEVICES] = {{0, 0}, {1, 0}, {2, 0}};
+
+/* N sequences of 20 tokens, packed. */
+static fkda_prefill_args prefill(int64_t N, int64_t HV, int64_t K, int64_t V) {
+  fkda_prefill_args a = FKDA_PREFILL_ARGS_INIT;
+  next_address = (uintptr_t)1 << 46;
+  a.device_type = FKDA_DEVICE_CUDA;
+  a.stream = &stream_of[0];
+  a.q = PLACE(FKDA_BF16, 1, 20 * N, HV / 2, K);
+  a.k = PLACE(FKDA_BF16, 1, 20 * N, HV / 2, K);
+  a.v = PLACE(FKDA_BF16, 1, 20 * N, HV, V);
+  a.g = PLACE(FKDA_F32, 1, 20 * N, HV, K);
+  a.beta = PLACE(FKDA_BF16, 1, 20 * N, HV);
+  a.out = PLACE(FKDA_BF16, 1, 20 * N, HV, V);
+  a.cu_seqlens = PLACE(FKDA_I32, N + 1);
+  a.initial_state = PLACE(FKDA_F32, N, HV, V, K);
+  a.final_state = PLACE(FKDA_BF16, N, HV, V, K);
+  return a;
+}
+
+static fkda_decode_args decode(int64_t N, int64_t HV, int64_t K, int64_t V, int32_t layout) {
+  fkda_decode_args a = FKDA_DECODE_ARGS_INIT;
+  next_address = (uintptr_t)1 << 46;
+  a.device_type = FKDA_DEVICE_CUDA;
+  a.stream = &stream_of[0];
+  a.q = PLACE(FKDA_BF16, N, 2, HV, K);
+  a.k = PLACE(FKDA_BF16, N, 2, HV, K);
+  a.v = PLACE(FKDA_BF16, N, 2, HV, V);
+  a.g = PLACE(FKDA_BF16, N, 2, HV, K);
+  a.beta = PLACE(FKDA_F32, N, 2, HV);
+  a.out = PLACE(FKDA_BF16, N, 2, HV, V);
+  a.state_layout = layout;
+  a.state = layout == FKDA_STATE_VK ? PLACE(FKDA_F32, N + 3, HV, V, K)
+                                    : PLACE(FKDA_F32, N + 3, HV, K, V);
+  a.initial_state_indices = PLACE(FKDA_I64, N);
+  return a;
+}
+
+/* What the last launch carried. */
+static fkda_portable_params params(void) {
+  fkda_portable_params p;
+  memcpy(&p, fake.launch.params, sizeof p);
+  return p;
+}
+
+static int images(void) {
+  int count = 0;
+  while (fkda_cuda_images[count].name) ++count;
+  return count;
+}
+
+#define COUNT(...) (sizeof((char[]){__VA_ARGS__}))
+#define ONE(...) 1,
+enum {
+  PREFILL_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)),
+  DECODE_KERNELS = COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
+  KERNELS = PREFILL_KERNELS + DECODE_KERNELS,
+};
+
+/* ---- refusals ---- */
+
+static void check_no_device(const char *reason) {
+  char message[400];
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
+  snprintf(message, sizeof message, "device_type: CUDA, which cannot be used here: portable: %s",
+           reason);
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE, message);
+  CHECK_FAILS(fkda_query(&a), FKDA_ERROR_NO_DEVICE, message);
+  CHECK_FAILS(fkda_decode(&d), FKDA_ERROR_NO_DEVICE, message);
+  snprintf(message, sizeof message, "device_type: CUDA, which cannot be used here: %s", reason);
+  CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 0), FKDA_ERROR_NO_DEVICE, message);
+  snprintf(message, sizeof message, "portable: %s", reason);
+  CHECK_FAILS(fkda_backend_available("portable"), FKDA_ERROR_NO_DEVICE, message);
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CPU, 0));
+  CHECK_INT(fake.retains, 0);
+  CHECK_INT(fake.loads, 0);
+  CHECK_INT(fake.launches, 0);
+}
+
+SCENARIO(old_driver) {
+  fake.version = 1000 * (fkda_cuda_toolkit_version / 1000 - 1) + 80;
+  char reason[200];
+  snprintf(reason, sizeof reason,
+           "the NVIDIA driver is too old: it supports CUDA %d.8, expected %d.0 or newer%s",
+           fake.version / 1000, (int)(fkda_cuda_toolkit_version / 1000),
+           fkda_cuda_toolkit_version / 1000 == 13 ? " (NVIDIA driver 580)" : "");
+  check_no_device(reason);
+  CHECK_INT(fake.inits, 0);
+}
+
+/* An older driver of the toolkit's major version runs its machine code. */
+SCENARIO(minor_version) {
+  fake.version = fkda_cuda_toolkit_version / 1000 * 1000;
+  CHECK_OK(fkda_backend_available("portable"));
+}
+
+SCENARIO(no_devices) {
+  fake.device_count = 0;
+  check_no_device("no CUDA device: the NVIDIA driver sees none (CUDA_VISIBLE_DEVICES hides devices)");
+}
+
+SCENARIO(old_architecture) {
+  fake.capability[0].major = 7;
+  fake.capability[0].minor = 5;
+  check_no_device("device_id: 0 (Fake 0) has compute capability 7.5, expected 8.0 or newer");
+}
+
+SCENARIO(driver_in_a_fork) {
+  fake.failing = "cuInit";
+  fake.failure = 3;
+  check_no_device("CUDA was started before this process was forked off; start it in the child only, "
+                  "or spawn");
+}
+
+SCENARIO(stub_driver) {
+  fake.failing = "cuInit";
+  fake.failure = 34;
+  check_no_device("libcuda.so.1 is the toolkit's stub, not a driver: take it out of LD_LIBRARY_PATH");
+}
+
+SCENARIO(mismatched_driver) {
+  fake.failing = "cuInit";
+  fake.failure = 803;
+  check_no_device("libcuda.so.1 and the kernel's NVIDIA module are of different versions (restart after "
+                  "an update)");
+}
+
+SCENARIO(broken_driver) {
+  fake.failing = "cuInit";
+  fake.failure = 999;
+  check_no_device("the NVIDIA driver does not start: CUDA_ERROR_FAKE, error 999 (made up for a test)");
+}
+
+SCENARIO(broken_device) {
+  fake.failing = "cuDeviceGetAttribute";
+  fake.failure = 999;
+  check_no_device("CUDA device 0 cannot be asked: CUDA_ERROR_FAKE");
+}
+
+/* The devices of one machine are told apart. */
+SCENARIO(device_numbers) {
+  fake.device_count = 3; /* the third has 7.5 */
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  a.device_id = 2;
+  a.stream = &stream_of[2];
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
+              "device_type: CUDA, which cannot be used here: portable: device_id: 2 (Fake 2) has "
+              "compute capability 7.5, expected 8.0 or newer");
+  CHECK_INT(fkda_query(&a), FKDA_ERROR_NO_DEVICE);
+  CHECK_INT(fkda_warmup(FKDA_DEVICE_CUDA, 2), FKDA_ERROR_NO_DEVICE);
+  a.device_id = 3;
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
+              "device_type: CUDA, which cannot be used here: portable: device_id: 3, expected 0 to 2 "
+              "(3 CUDA devices here)");
+  CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 3), FKDA_ERROR_NO_DEVICE,
+              "device_type: CUDA, which cannot be used here: device_id: 3, expected 0 to 2 (3 CUDA "
+              "devices here)");
+  CHECK_INT(fake.retains, 0);
+  a.device_id = 1;
+  a.stream = &stream_of[1];
+  CHECK_OK(fkda_query(&a));
+  CHECK_INT(fake.retains, 0); /* questions touch no device */
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_INT(fake.launch.device, 1);
+}
+
+static void check_unsupported(const void *args, const char *reason) {
+  char message[400];
+  snprintf(message, sizeof message, "no backend can run this call: portable: %s", reason);
+  CHECK_FAILS(fkda_query(args), FKDA_ERROR_UNSUPPORTED, message);
+}
+
+SCENARIO(unsupported_calls) {
+  fkda_prefill_args a = prefill(1, 2, 96, 128);
+  check_unsupported(&a, "K = 96, V = 128, expected each 64 or 128");
+  CHECK_INT(fkda_prefill(&a), FKDA_ERROR_UNSUPPORTED);
+  a = prefill(1, 2, 64, 256);
+  check_unsupported(&a, "K = 64, V = 256, expected each 64 or 128");
+  a = prefill(1, 2, 64, 64);
+  a.q.dtype = a.k.dtype = a.v.dtype = a.beta.dtype = a.out.dtype = FKDA_F16;
+  check_unsupported(&a, "q, k, v, out: float16, expected bfloat16");
+  a = prefill(1, 2, 64, 64);
+  a.checkpoint_every = 16;
+  a.checkpoint_state = PLACE(FKDA_F16, 2, 2, 64, 64);
+  check_unsupported(&a, "checkpoint_state: float16, expected bfloat16 or float32");
+  a.checkpoint_state.dtype = FKDA_BF16;
+  CHECK_OK(fkda_query(&a));
+  fkda_decode_args d = decode(INT64_C(1) << 24, 64, 128, 128, FKDA_STATE_VK);
+  check_unsupported(&d, "N*HV = 16777216*64 takes 2147483648 blocks, expected at most 2147483647");
+  fkda_summary_args s = FKDA_SUMMARY_ARGS_INIT;
+  a = prefill(1, 2, 64, 64);
+  s.device_type = FKDA_DEVICE_CUDA;
+  s.k = a.k, s.v = a.v, s.g = a.g, s.beta = a.beta;
+  s.M = PLACE(FKDA_F32, 1, 2, 64, 64);
+  s.b = PLACE(FKDA_F32, 1, 2, 64, 64);
+  check_unsupported(&s, "has kernels for prefill and decode only");
+  CHECK_INT(fake.loads, 0);
+}
+
+/* ---- launches ---- */
+
+static void check_launch(const char *entry, unsigned blocks, unsigned threads, unsigned shared) {
+  CHECK_TEXT(fake.launch.entry, entry);
+  CHECK_INT(fake.launch.grid[0], blocks);
+  CHECK_INT(fake.launch.grid[1], 1);
+  CHECK_INT(fake.launch.grid[2], 1);
+  CHECK_INT(fake.launch.block[0], threads);
+  CHECK_INT(fake.launch.block[1], 1);
+  CHECK_INT(fake.launch.block[2], 1);
+  CHECK_INT(fake.launch.shared, shared);
+}
+
+SCENARIO(prefill_launch) {
+  static const struct {
+    int64_t N, HV, K, V;
+    int split;
+    const char *entry;
+  } cases[] = {
+      {1, 2, 128, 128, 2, "fkda_portable_prefill_k128_v64"},
+      {3, 96, 128, 128, 1, "fkda_portable_prefill_k128_v128"},
+      {1, 2, 128, 64, 1, "fkda_portable_prefill_k128_v64"},
+      {1, 2, 64, 128, 2, "fkda_portable_prefill_k64_v64"},
+      {3, 96, 64, 128, 1, "fkda_portable_prefill_k64_v128"},
+      {5, 4, 64, 64, 1, "fkda_portable_prefill_k64_v64"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t N = cases[i].N, HV = cases[i].HV, K = cases[i].K, V = cases[i].V;
+    const int split = cases[i].split;
+    fkda_prefill_args a = prefill(N, HV, K, V);
+    fkda_plan_info info = {.struct_size = sizeof info};
+    CHECK_OK(fkda_plan(&a, &info));
+    CHECK_TEXT(info.backend, "portable");
+    CHECK_INT(info.chunk, 16);
+    CHECK_INT(info.value_split, split);
+    CHECK_INT(info.tasks, N * HV * split);
+    CHECK_INT(info.threads, N * HV * split);
+    CHECK_INT(info.workspace_size, 0);
+    CHECK_OK(fkda_prefill(&a));
+    check_launch(cases[i].entry, (unsigned)(N * HV * split), FKDA_PORTABLE_PREFILL_THREADS(V / split),
+                 (unsigned)(FKDA_PORTABLE_PREFILL_SHARED(K, V / split)));
+    CHECK(fake.launch.stream == &stream_of[0]);
+    const fkda_portable_params p = params();
+    CHECK_INT(p.value_split, split);
+    CHECK_INT(p.problem.op, FKDA_OP_PREFILL);
+    CHECK_INT(p.problem.N, N);
+    CHECK_INT(p.problem.T, 20 * N);
+    CHECK_INT(p.problem.H, HV / 2);
+    CHECK_INT(p.problem.HV, HV);
+    CHECK_INT(p.problem.K, K);
+    CHECK_INT(p.problem.V, V);
+    CHECK(p.problem.q.data == a.q.data && p.problem.out.data == a.out.data);
+    CHECK(p.problem.cu_seqlens.data == a.cu_seqlens.data);
+    CHECK(p.problem.initial.data == a.initial_state.data);
+    CHECK_INT(p.problem.final.dtype, FKDA_BF16);
+    CHECK_INT(p.problem.g.stride_t, HV * K);
+    CHECK(p.aligned_q && p.aligned_k && p.aligned_v && p.aligned_g && p.aligned_out);
+  }
+  CHECK_INT(fake.launches, sizeof cases / sizeof cases[0]);
+}
+
+/* Rows that do not all begin at multiples of 16 bytes. */
+SCENARIO(alignment) {
+  fkda_prefill_args a = prefill(2, 4, 128, 128);
+  a.q.data = (char *)a.q.data + 8; /* the gap behind every tensor has room */
+  a.k.stride[1] += 4;
+  a.v.stride[1] += 8;
+  a.g.data = (char *)a.g.data + 16;
+  a.out.stride[1] += 1;
+  CHECK_OK(fkda_query(&a));
+  a.k.data = (void *)((uintptr_t)1 << 45);
+  a.v.data = (void *)((uintptr_t)1 << 44);
+  a.out.data = (void *)((uintptr_t)1 << 43);
+  CHECK_OK(fkda_prefill(&a));
+  const fkda_portable_params p = params();
+  CHECK_INT(p.aligned_q, 0);
+  CHECK_INT(p.aligned_k, 0);
+  CHECK_INT(p.aligned_v, 1);
+  CHECK_INT(p.aligned_g, 1);
+  CHECK_INT(p.aligned_out, 0);
+
+  fkda_decode_args d = decode(2, 4, 128, 128, FKDA_STATE_VK);
+  CHECK_OK(fkda_decode(&d));
+  CHECK_INT(params().aligned_state, 1);
+  CHECK_INT(params().aligned_q, 1);
+  d.state.data = (char *)d.state.data + 8;
+  CHECK_OK(fkda_decode(&d));
+  CHECK_INT(params().aligned_state, 0);
+  d.state.data = (void *)((uintptr_t)1 << 45);
+  d.state.stride[0] += 2;
+  CHECK_OK(fkda_decode(&d));
+  CHECK_INT(params().aligned_state, 0);
+}
+
+SCENARIO(decode_launch) {
+  static const struct {
+    int64_t N, HV, K, V;
+    int layout, split;
+    const char *entry;
+  } cases[] = {
+      {1, 2, 128, 128, FKDA_STATE_VK, 4, "fkda_portable_decode_vk_k128"},
+      {64, 32, 128, 128, FKDA_STATE_VK, 2, "fkda_portable_decode_vk_k128"},
+      {64, 32, 64, 128, FKDA_STATE_KV, 2, "fkda_portable_decode_kv_k64"},
+      {64, 32, 128, 64, FKDA_STATE_KV, 1, "fkda_portable_decode_kv_k128"},
+      {3, 4, 64, 64, FKDA_STATE_VK, 2, "fkda_portable_decode_vk_k64"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t N = cases[i].N, HV = cases[i].HV;
+    fkda_decode_args a = decode(N, HV, cases[i].K, cases[i].V, cases[i].layout);
+    CHECK_OK(fkda_decode(&a));
+    check_launch(cases[i].entry, (unsigned)(N * HV * cases[i].split), FKDA_PORTABLE_DECODE_THREADS, 0);
+    const fkda_portable_params p = params();
+    CHECK_INT(p.value_split, cases[i].split);
+    CHECK_INT(p.problem.op, FKDA_OP_DECODE);
+    CHECK_INT(p.problem.T, 2);
+    CHECK_INT(p.problem.layout, cases[i].layout);
+    CHECK(p.problem.initial.data == a.state.data && p.problem.final.data == a.state.data);
+    CHECK_INT(p.problem.initial.slots, N + 3);
+    CHECK(p.problem.final_indices.data == a.initial_state_indices.data);
+  }
+  fkda_decode_args a = decode(2, 2, 128, 128, FKDA_STATE_VK);
+  a.write_state = 0;
+  CHECK_OK(fkda_decode(&a));
+  CHECK(params().problem.final.data == NULL);
+}
+
+SCENARIO(nothing_to_do) {
+  fkda_prefill_args a = prefill(0, 2, 128, 128);
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_INT(fake.launches, 0);
+  CHECK_INT(fake.loads, 0);
+}
+
+SCENARIO(default_stream) {
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  a.stream = NULL;
+  CHECK_OK(fkda_prefill(&a));
+  CHECK(fake.launch.stream == NULL);
+}
+
+SCENARIO(stream_of_another_device) {
+  fake.device_count = 2;
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  a.stream = &stream_of[1];
+  CHECK_INT(fkda_prefill(&a), FKDA_ERROR_DEVICE);
+  char message[300];
+  snprintf(message, sizeof message,
+           "stream: %p, expected a stream of device 0's primary context "
+           "(fkda_portable_prefill_k128_v64 was refused)",
+           a.stream);
+  CHECK_TEXT(fkda_last_error(), message);
+}
+
+SCENARIO(failed_launch) {
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  fake.failing = "cuLaunchKernel";
+  fake.failure = 700;
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE,
+              "fkda_portable_prefill_k128_v64: CUDA_ERROR_FAKE, error 700 (made up for a test)");
+}
+
+/* ---- loading ---- */
+
+/* The names that the host asks for are the ones that are listed, and so compiled (entry_points). */
+SCENARIO(warmup) {
+  fake.device_count = 2;
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 1));
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 1));
+  CHECK_INT(fake.loads, images());
+  CHECK_INT(fake.functions, KERNELS);
+  CHECK_INT(fake.function_loads, KERNELS);
+  CHECK_INT(fake.launches, 0);
+  FILE *list = fopen(FKDA_ENTRY_POINTS, "r");
+  CHECK(list);
+  char name[100];
+  int listed = 0;
+  while (fscanf(list, "%99s", name) == 1) {
+    int found = 0;
+    for (int i = 0; i < KERNELS; ++i) found += !strcmp(fake.entries[i], name);
+    if (found != 1) fail_child(__LINE__, name);
+    ++listed;
+  }
+  fclose(list);
+  CHECK_INT(listed, KERNELS);
+  for (int i = 0; i < KERNELS; ++i) {
+    CHECK_INT(fake.entry_device[i], 1);
+    int K, part;
+    if (sscanf(fake.entries[i], "fkda_portable_prefill_k%d_v%d", &K, &part) == 2)
+      CHECK_INT(fake.entry_shared[i], FKDA_PORTABLE_PREFILL_SHARED(K, part));
+  }
+}
+
+enum { THREADS = 8, CALLS = 50 };
+
+static atomic_int thread_failures;
+static pthread_barrier_t barrier;
+
+typedef struct caller {
+  int number;
+  fkda_prefill_args args;
+} caller;
+
+static void *call_often(void *arg) {
+  const int me = ((caller *)arg)->number;
+  fkda_prefill_args a = ((caller *)arg)->args;
+  pthread_barrier_wait(&barrier);
+  for (int i = 0; i < CALLS; ++i) {
+    a.device_id = (me + i) % 2;
+    a.stream = &stream_of[a.device_id];
+    if (fkda_prefill(&a) != FKDA_OK || fake_depth() != 0 || fake_capture_mode() != 0)
+      atomic_fetch_add(&thread_failures, 1);
+  }
+  return NULL;
+}
+
+static void run_threads(void) {
+  pthread_t threads[THREADS];
+  caller callers[THREADS];
+  for (int i = 0; i < THREADS; ++i) {
+    callers[i] = (caller){i, prefill(1, 2, 128, 128)};
+    CHECK_INT(pthread_create(&threads[i], NULL, call_often, &callers[i]), 0);
+  }
+  for (int i = 0; i < THREADS; ++i) CHECK_INT(pthread_join(threads[i], NULL), 0);
+}
+
+SCENARIO(many_threads) {
+  fake.device_count = 2;
+  pthread_barrier_init(&barrier, NULL, THREADS);
+  run_threads();
+  CHECK_INT(thread_failures, 0);
+  CHECK_INT(fake.inits, 1);
+  CHECK_INT(fake.retains, 2);
+  CHECK_INT(fake.releases, 0);
+  CHECK_INT(fake.loads, 2 * images());
+  CHECK_INT(fake.functions, 2 * KERNELS);
+  CHECK_INT(fake.unloads, 0);
+  CHECK_INT(fake.launches, THREADS * CALLS);
+}
+
+/* A failure to load is told, leaves nothing behind and is not remembered. */
+SCENARIO(failed_loading) {
+  static const struct {
+    const char *function;
+    const char *message;
+  } cases[] = {
+      {"cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRetain"},
+      {"cuCtxPushCurrent_v2", "cuCtxPushCurrent"},
+      {"cuThreadExchangeStreamCaptureMode", "cuThreadExchangeStreamCaptureMode"},
+      {"cuStreamIsCapturing", "cuStreamIsCapturing"},
+      {"cuModuleLoadData", "portable/prefill"},
+      {"cuModuleGetFunction", "fkda_portable_prefill_k64_v64"},
+      {"cuFuncSetAttribute", "fkda_portable_prefill_k64_v64"},
+      {"cuFuncLoad", "fkda_portable_prefill_k64_v64"},
+  };
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    char message[200];
+    fake.failing = cases[i].function;
+    fake.failure = 209;
+    snprintf(message, sizeof message, "%s: CUDA_ERROR_FAKE, error 209 (made up for a test)",
+             cases[i].message);
+    CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE, message);
+    CHECK_INT(fake.loads, fake.unloads);
+    CHECK_INT(fake.retains, fake.releases);
+    CHECK_INT(fake_depth(), 0);
+  }
+  fake.failing = NULL;
+  fake.loads = fake.unloads = 0;
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_INT(fake.loads, images());
+  CHECK_INT(fake.unloads, 0);
+  CHECK_INT(fake.retains, fake.releases + 1);
+}
+
+/* ---- contexts, capture, fork ---- */
+
+SCENARIO(callers_context) {
+  fake.device_count = 2;
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  a.device_id = 1;
+  a.stream = &stream_of[1];
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0)); /* starts the driver */
+  CHECK_INT(cuCtxPushCurrent_v2(fake_context(0)), 0);
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_INT(fake.launch.device, 1);
+  void *current;
+  CHECK_INT(cuCtxGetCurrent(&current), 0);
+  CHECK(current == fake_context(0));
+  CHECK_INT(fake_depth(), 1);
+
+  /* nothing to switch where the device is current already */
+  CHECK_INT(cuCtxPushCurrent_v2(fake_context(1)), 0);
+  const int pushes = fake.pushes;
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_INT(fake.pushes, pushes);
+  CHECK_INT(cuCtxPopCurrent_v2(&current), 0);
+  CHECK_INT(cuCtxPopCurrent_v2(&current), 0);
+}
+
+#define CAPTURE_MESSAGE                                                             \
+  "stream: capturing a graph, and the kernels are not loaded yet: call fkda_warmup() or the function " \
+  "itself on this device before the capture"
+
+SCENARIO(capture) {
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  stream_of[0].capture = 1;
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
+  CHECK_INT(fake.loads, 0);
+  CHECK_INT(fake.retains, fake.releases);
+  stream_of[0].capture = 0;
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
+  stream_of[0].capture = 1;
+  const int asked = fake.loads + fake.functions;
+  CHECK_OK(fkda_prefill(&a));
+  fkda_decode_args d = decode(1, 2, 64, 64, FKDA_STATE_KV);
+  CHECK_OK(fkda_decode(&d));
+  CHECK_INT(fake.launches, 2);
+  CHECK_INT(fake.loads + fake.functions, asked);
+}
+
+/* Another stream captures in a mode that forbids even to ask about the legacy stream. */
+SCENARIO(capture_beside_the_legacy_stream) {
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  a.stream = NULL;
+  fake.legacy_capture = 906;
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
+  CHECK_INT(fake.loads, 0);
+}
+
+#define FORK_MESSAGE \
+  "CUDA was started before this process was forked off; start it in the child only, or spawn"
+
+static void call_in_fork(void) {
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  const int launches = fake.launches, current_asked = fake.current_asked;
+  CHECK_INT(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE);
+  CHECK_TEXT(fkda_last_error(), "device_type: CUDA, which cannot be used here: portable: " FORK_MESSAGE);
+  CHECK_INT(fkda_query(&a), FKDA_ERROR_NO_DEVICE);
+  CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 0), FKDA_ERROR_NO_DEVICE,
+              "device_type: CUDA, which cannot be used here: " FORK_MESSAGE);
+  CHECK_INT(fake.launches, launches);
+  CHECK_INT(fake.current_asked, current_asked); /* the driver is left alone */
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CPU, 0));
+}
+
+SCENARIO(forked) {
+  fkda_prefill_args a = prefill(1, 2, 128, 128);
+  CHECK_OK(fkda_prefill(&a));
+  run_in_child(call_in_fork);
+  CHECK_OK(fkda_prefill(&a));
+}
+
+int main(void) {
+  const char *variables[] = {"FLASHKDA_BACKEND", "FLASHKDA_CPU_ISA", "FLASHKDA_LOG"};
+  for (int i = 0; i < 3; ++i) unsetenv(variables[i]);
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_old_driver),
+      cmocka_unit_test(test_minor_version),
+      cmocka_unit_test(test_no_devices),
+      cmocka_unit_test(test_old_architecture),
+      cmocka_unit_test(test_driver_in_a_fork),
+      cmocka_unit_test(test_stub_driver),
+      cmocka_unit_test(test_mismatched_driver),
+      cmocka_unit_test(test_broken_driver),
+      cmocka_unit_test(test_broken_device),
+      cmocka_unit_test(test_device_numbers),
+      cmocka_unit_test(test_unsupported_calls),
+      cmocka_unit_test(test_prefill_launch),
+      cmocka_unit_test(test_alignment),
+      cmocka_unit_test(test_decode_launch),
+      cmocka_unit_test(test_nothing_to_do),
+      cmocka_unit_test(test_default_stream),
+      cmocka_unit_test(test_stream_of_another_device),
+      cmocka_unit_test(test_failed_launch),
+      cmocka_unit_test(test_warmup),
+      cmocka_unit_test(test_many_threads),
+      cmocka_unit_test(test_failed_loading),
+      cmocka_unit_test(test_callers_context),
+      cmocka_unit_test(test_capture),
+      cmocka_unit_test(test_capture_beside_the_legacy_stream),
+      cmocka_unit_test(test_forked),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
