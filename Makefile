@@ -80,12 +80,15 @@ neon: ## cross build for 64-bit Arm, tests under qemu-user
 	@ctest --preset neon -j $(JOBS)
 
 .PHONY: bench
-bench: build ## time this machine's kernels
-	@build/release/flashkda bench
+bench: build ## time this machine's kernels and their peers: bench/results/cpu-<isa>.json, tables
+	@test -x build/venv-bench/bin/python || python3 -m venv build/venv-bench
+	@build/venv-bench/bin/pip install --disable-pip-version-check --quiet -r bench/requirements.txt
+	@build/venv-bench/bin/python bench/cpu.py
+	@build/venv-bench/bin/python bench/table.py
 
 .PHONY: gpu-check
-gpu-check: ## the case table on the GPU
-	@echo "gpu-check: skipped, no CUDA kernels in this version yet"
+gpu-check: ## on a GPU: case table, Python tests, sanitizers; build/gpu-check.json
+	@JOBS=$(JOBS) scripts/gpu_check.sh
 
 .PHONY: wheel
 wheel: ## Python wheel in dist/

@@ -5,7 +5,7 @@
 # C75xx (serialised wgmma), or if no entry point came out.
 #
 # The result is kept in CACHE under a hash of the compiler's version, the command and every project
-# file that can be included, so that other build directories need not compile it again.
+# file that may be included, so that other build directories need not compile it again.
 cmake_minimum_required(VERSION 3.25)
 
 set(command "")
@@ -64,18 +64,24 @@ endfunction()
 
 # ---- compiling, or taking it from the cache -------------------------------------------------------------
 
-file(GLOB_RECURSE files LIST_DIRECTORIES false "${PROJECT}/include/*.h" "${PROJECT}/src/*.h"
-  "${PROJECT}/src/*.cuh" "${PROJECT}/src/cuda/kernels/*.cu")
+file(GLOB_RECURSE files LIST_DIRECTORIES false "${PROJECT}/include/*.h" "${PROJECT}/src/check/problem.h"
+  "${PROJECT}/src/cuda/kernels/*.h" "${PROJECT}/src/cuda/kernels/*.cuh")
+list(APPEND files "${SOURCE}")
 list(SORT files)
-list(GET command 0 nvcc)
-execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE key)
-file(RELATIVE_PATH relative "${PROJECT}" "${SOURCE}")
-string(APPEND key "${relative} ${command}")
-foreach(file IN LISTS files)
-  file(SHA256 "${file}" sum)
-  string(APPEND key "${sum} ${file}\n")
-endforeach()
-string(SHA256 key "${key}")
+
+function(fkda_key out)
+  list(GET command 0 nvcc)
+  execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE text)
+  string(APPEND text "${SOURCE} ${command}\n")
+  foreach(file IN LISTS files)
+    file(SHA256 "${file}" sum)
+    string(APPEND text "${sum} ${file}\n")
+  endforeach()
+  string(SHA256 key "${text}")
+  set(${out} "${key}" PARENT_SCOPE)
+endfunction()
+
+fkda_key(key)
 get_filename_component(stem "${OUTPUT}" NAME)
 set(kept "${CACHE}/${stem}-${key}")
 
@@ -101,14 +107,28 @@ if(NOT result EQUAL 0)
   file(REMOVE "${OUTPUT}.fatbin")
   message(FATAL_ERROR "nvcc failed on ${SOURCE}:\n${log}")
 endif()
-fkda_check_log()
 
-set(making "${kept}.tmp")
-file(REMOVE_RECURSE "${making}")
-file(MAKE_DIRECTORY "${making}")
-foreach(extension fatbin log d)
-  configure_file("${OUTPUT}.${extension}" "${making}/${stem}.${extension}" COPYONLY)
+# A file outside of the hash would make the cache answer wrongly.
+file(READ "${OUTPUT}.d" dependencies)
+string(REGEX MATCHALL "[^ \\\n]+" dependencies "${dependencies}")
+foreach(file IN LISTS dependencies)
+  cmake_path(IS_PREFIX PROJECT "${file}" NORMALIZE inside)
+  if(inside AND NOT file IN_LIST files AND NOT file STREQUAL "${OUTPUT}.fatbin" AND NOT file MATCHES "/cutlass-")
+    file(REMOVE "${OUTPUT}.fatbin")
+    message(FATAL_ERROR "${SOURCE} includes ${file}, which cmake/build_fatbin.cmake does not hash")
+  endif()
 endforeach()
-file(TOUCH "${making}/done")
-file(RENAME "${making}" "${kept}" RESULT result) # fails where another build was first
-file(REMOVE_RECURSE "${making}")
+
+fkda_key(key_now)
+if(key_now STREQUAL key) # nobody edited a file meanwhile
+  string(RANDOM LENGTH 12 suffix)
+  set(making "${kept}.${suffix}")
+  file(MAKE_DIRECTORY "${making}")
+  foreach(extension fatbin log d)
+    configure_file("${OUTPUT}.${extension}" "${making}/${stem}.${extension}" COPYONLY)
+  endforeach()
+  file(TOUCH "${making}/done")
+  file(RENAME "${making}" "${kept}" RESULT result) # fails where another build was first
+  file(REMOVE_RECURSE "${making}")
+endif()
+fkda_check_log()

@@ -125,9 +125,7 @@ set(FKDA_CUDA_TEXT "CPU backends only (FLASHKDA_CUDA=OFF)")
 if(NOT FLASHKDA_CUDA STREQUAL "OFF")
   set(without "")
   set(toolkit 13010) # of placeholders
-  if(FLASHKDA_CUDA STREQUAL "AUTO") # TEMPORARY: until the kernels compile without spills
-    set(without "kernels are not ready")
-  elseif(NOT FLASHKDA_CUDA STREQUAL "HOST")
+  if(NOT FLASHKDA_CUDA STREQUAL "HOST")
     fkda_find_nvcc(without)
     if(NOT without)
       fkda_find_cutlass(FKDA_CUTLASS_INCLUDE without)

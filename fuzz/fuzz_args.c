@@ -149,24 +149,12 @@ static void fill(void *data, int32_t dtype, int64_t bytes, bool wild) {
     memcpy(&word, wild ? (const void *)&bits : (const void *)&value, sizeof word);
     const uint16_t bf16 = (uint16_t)(word >> 16), f16 = (uint16_t)(0x3800 | (bits & 0x83ff));
     switch (dtype) {
-      case FKDA_F32:
-        memcpy(at, &word, size);
-        break;
-      case FKDA_BF16:
-        memcpy(at, &bf16, size);
-        break;
-      case FKDA_F16:
-        memcpy(at, &f16, size);
-        break;
-      case FKDA_F64:
-        memcpy(at, &wide, size);
-        break;
-      case FKDA_BOOL:
-        *at = bits & 1;
-        break;
-      default:
-        memset(at, 0, size);
-        break;
+      case FKDA_F32: memcpy(at, &word, size); break;
+      case FKDA_BF16: memcpy(at, &bf16, size); break;
+      case FKDA_F16: memcpy(at, &f16, size); break;
+      case FKDA_F64: memcpy(at, &wide, size); break;
+      case FKDA_BOOL: *at = bits & 1; break;
+      default: memset(at, 0, size); break;
     }
   }
 }
@@ -198,8 +186,7 @@ static void make(fkda_tensor *t, use how, int32_t dtype, int ndim, const int64_t
     case 7: /* broadcast */
       if (how != WRITTEN && ndim > 1) t->stride[below(ndim - 1)] = 0;
       break;
-    default:
-      break;
+    default: break;
   }
   for (int i = 0; i < ndim; ++i)
     if (t->shape[i] <= 1 && byte() & 1) t->stride[i] = odd_size();
@@ -229,7 +216,7 @@ static void set_entry(fkda_tensor *t, int64_t row, int64_t column, int64_t value
   int64_t at = t->shape[0] > 1 ? row * t->stride[0] : 0;
   if (t->ndim > 1 && t->shape[1] > 1) at += column * t->stride[1];
   if (at < 0 || at * size + size > bytes) return;
-  if (odd()) value = odd_size();
+  if (odd()) value = byte() & 1 ? odd_size() : value + below(3) - 1;
   const int32_t narrow = (int32_t)value;
   memcpy((unsigned char *)t->data + at * size, size == 8 ? (const void *)&value : &narrow,
          size >= 4 ? (size_t)size : 1);
@@ -499,14 +486,10 @@ static void backwards(void *context, int32_t count, fkda_task_fn task, void *arg
 
 static fkda_status call(const void *args, int32_t op) {
   switch (op) {
-    case FKDA_OP_PREFILL:
-      return fkda_prefill(args);
-    case FKDA_OP_DECODE:
-      return fkda_decode(args);
-    case FKDA_OP_SUMMARY:
-      return fkda_summary(args);
-    default:
-      return fkda_backward(args);
+    case FKDA_OP_PREFILL: return fkda_prefill(args);
+    case FKDA_OP_DECODE: return fkda_decode(args);
+    case FKDA_OP_SUMMARY: return fkda_summary(args);
+    default: return fkda_backward(args);
   }
 }
 
@@ -571,18 +554,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   memset(&built, 0, sizeof built);
   size_t bytes = 0;
   switch (op) {
-    case FKDA_OP_PREFILL:
-      bytes = build_prefill(&built.prefill, z);
-      break;
-    case FKDA_OP_DECODE:
-      bytes = build_decode(&built.decode, z);
-      break;
-    case FKDA_OP_SUMMARY:
-      bytes = build_summary(&built.summary, z);
-      break;
-    default:
-      bytes = build_backward(&built.backward, z);
-      break;
+    case FKDA_OP_PREFILL: bytes = build_prefill(&built.prefill, z); break;
+    case FKDA_OP_DECODE: bytes = build_decode(&built.decode, z); break;
+    case FKDA_OP_SUMMARY: bytes = build_summary(&built.summary, z); break;
+    default: bytes = build_backward(&built.backward, z); break;
   }
   /* the header lies alike in all four */
   fkda_prefill_args *header = &built.prefill;

@@ -42,6 +42,7 @@ else
 fi
 
 if check wheel scripts/wheel.sh --install; then
+  check readme-python build/venv/bin/python examples/prefill.py || true
   title pytest
   files+=("$results/pytest.xml")
   FLASHKDA_TOOL=$PWD/build/release/flashkda build/venv/bin/python -m pytest tests/python -q \

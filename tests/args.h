@@ -161,14 +161,10 @@ static inline fkda_status call(const void *args) {
   int32_t op; /* at the same place in every struct */
   memcpy(&op, (const char *)args + offsetof(fkda_prefill_args, op), sizeof op);
   switch (op) {
-    case FKDA_OP_PREFILL:
-      return fkda_prefill(args);
-    case FKDA_OP_DECODE:
-      return fkda_decode(args);
-    case FKDA_OP_SUMMARY:
-      return fkda_summary(args);
-    default:
-      return fkda_backward(args);
+    case FKDA_OP_PREFILL: return fkda_prefill(args);
+    case FKDA_OP_DECODE: return fkda_decode(args);
+    case FKDA_OP_SUMMARY: return fkda_summary(args);
+    default: return fkda_backward(args);
   }
 }
 

@@ -23,9 +23,9 @@ enum {
   STATIC_SHARED = 48 << 10, /* dynamic shared memory that needs no opt-in */
 };
 
-typedef struct context {
+typedef struct device_context {
   int device;
-} context;
+} device_context;
 typedef struct module {
   int device;
   const void *image;
@@ -34,16 +34,14 @@ typedef struct function {
   int device, index, shared, loaded;
 } function;
 
-EXPORT fake_driver fake = {.version = 13000,
-                           .device_count = 1,
-                           .capability = {{9, 0}, {9, 0}, {7, 5}},
-                           .params_size = 0};
+EXPORT fake_driver fake = {
+    .version = 13000, .device_count = 1, .capability = {{9, 0}, {9, 0}, {7, 5}}, .params_size = 0};
 
-static context contexts[FAKE_DEVICES] = {{0}, {1}, {2}};
+static device_context contexts[FAKE_DEVICES] = {{0}, {1}, {2}};
 static module modules[FAKE_FUNCTIONS];
 static function functions[FAKE_FUNCTIONS];
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static _Thread_local context *stack[16];
+static _Thread_local device_context *stack[16];
 static _Thread_local int depth;
 static _Thread_local int capture_mode; /* 0: CU_STREAM_CAPTURE_MODE_GLOBAL */
 
@@ -60,20 +58,20 @@ static int mistake(const char *what, int result) {
 }
 
 /* Every function begins so. */
-#define BEGIN                                                           \
-  do {                                                                  \
-    if (fake.failing && !strcmp(fake.failing, __func__)) return fake.failure; \
+#define BEGIN                                                                                      \
+  do {                                                                                             \
+    if (fake.failing && !strcmp(fake.failing, __func__)) return fake.failure;                      \
   } while (0)
-#define BEGIN_STARTED                                                   \
-  do {                                                                  \
-    BEGIN;                                                              \
-    if (!atomic_load(&fake.inits)) return mistake("called before cuInit", NOT_INITIALIZED); \
+#define BEGIN_STARTED                                                                              \
+  do {                                                                                             \
+    BEGIN;                                                                                         \
+    if (!atomic_load(&fake.inits)) return mistake("called before cuInit", NOT_INITIALIZED);        \
   } while (0)
 
 /* Long enough for every thread of a test to come and find the work unfinished. */
 static void take_time(void) { nanosleep(&(struct timespec){.tv_nsec = 3000000}, NULL); }
 
-static context *current(void) { return depth ? stack[depth - 1] : NULL; }
+static device_context *current(void) { return depth ? stack[depth - 1] : NULL; }
 
 EXPORT int cuGetErrorName(int result, const char **text) {
   *text = result == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR_FAKE";
@@ -116,17 +114,10 @@ EXPORT int cuDeviceGetName(char *name, int capacity, int device) {
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
   BEGIN_STARTED;
   switch (attribute) {
-    case 16:
-      *value = 132;
-      return SUCCESS;
-    case 75:
-      *value = fake.capability[device - 100].major;
-      return SUCCESS;
-    case 76:
-      *value = fake.capability[device - 100].minor;
-      return SUCCESS;
-    default:
-      return mistake("cuDeviceGetAttribute: attribute", INVALID_VALUE);
+    case 16: *value = 132; return SUCCESS;
+    case 75: *value = fake.capability[device - 100].major; return SUCCESS;
+    case 76: *value = fake.capability[device - 100].minor; return SUCCESS;
+    default: return mistake("cuDeviceGetAttribute: attribute", INVALID_VALUE);
   }
 }
 EXPORT int cuDevicePrimaryCtxRetain(void **out, int device) {
@@ -141,23 +132,24 @@ EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
   atomic_fetch_add(&fake.releases, 1);
   return SUCCESS;
 }
-EXPORT int cuCtxGetCurrent(void **out) {
+EXPORT int cuCtxGetCurrent(void **context) {
   BEGIN_STARTED;
   atomic_fetch_add(&fake.current_asked, 1);
-  *out = current();
+  *context = current();
   return SUCCESS;
 }
-EXPORT int cuCtxPushCurrent_v2(void *pushed) {
+EXPORT int cuCtxPushCurrent_v2(void *context) {
   BEGIN_STARTED;
-  if (depth == sizeof stack / sizeof stack[0]) return mistake("cuCtxPushCurrent: too deep", INVALID_CONTEXT);
-  stack[depth++] = pushed;
+  if (depth == sizeof stack / sizeof stack[0])
+    return mistake("cuCtxPushCurrent: too deep", INVALID_CONTEXT);
+  stack[depth++] = context;
   atomic_fetch_add(&fake.pushes, 1);
   return SUCCESS;
 }
-EXPORT int cuCtxPopCurrent_v2(void **popped) {
+EXPORT int cuCtxPopCurrent_v2(void **context) {
   BEGIN_STARTED;
   if (!depth) return mistake("cuCtxPopCurrent: nothing pushed", INVALID_CONTEXT);
-  *popped = stack[--depth];
+  *context = stack[--depth];
   atomic_fetch_add(&fake.pops, 1);
   return SUCCESS;
 }
@@ -181,7 +173,8 @@ EXPORT int cuStreamIsCapturing(void *stream, int *status) {
 EXPORT int cuModuleLoadData(void **out, const void *image) {
   BEGIN_STARTED;
   if (!current()) return mistake("cuModuleLoadData: no context", INVALID_CONTEXT);
-  if (capture_mode != 2) return mistake("cuModuleLoadData: capture mode not relaxed", CAPTURE_UNSUPPORTED);
+  if (capture_mode != 2)
+    return mistake("cuModuleLoadData: capture mode not relaxed", CAPTURE_UNSUPPORTED);
   const int i = atomic_fetch_add(&fake.loads, 1);
   if (i >= FAKE_FUNCTIONS) return mistake("cuModuleLoadData: too many", INVALID_VALUE);
   modules[i] = (module){current()->device, image};
@@ -220,8 +213,8 @@ EXPORT int cuFuncLoad(void *loaded) {
   return SUCCESS;
 }
 EXPORT int cuLaunchKernel(void *launched, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                          unsigned by, unsigned bz, unsigned shared, void *stream, void **parameters,
-                          void **extra) {
+                          unsigned by, unsigned bz, unsigned shared, void *stream,
+                          void **parameters, void **extra) {
   BEGIN_STARTED;
   const function *f = launched;
   if (!current() || current()->device != f->device)

@@ -3,7 +3,10 @@
  *   test_cases            all groups
  *   test_cases GROUP...   these groups
  *
- * A cmocka test per case; FLASHKDA_TEST_BACKEND restricts to one backend. */
+ * A cmocka test per case; FLASHKDA_TEST_BACKEND restricts to one backend.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>

@@ -243,6 +243,9 @@ has out "T128_H2"
 cp "$dir/bench.json" "$dir/out"
 json bench
 has out '"rows"'
+expect 0 bench --T 32 --heads 1 --seconds 0 --no-sgemm --threads 1 --json -
+json "bench to standard output"
+has out '"rows"'
 expect 0 bench --decode 4 --heads 2 --seconds 0 --no-sgemm --threads 1
 has out "decode_N4"
 expect 0 bench --lens 40,0,33 --heads 2 --value-heads 4 --dtype float32 --seconds 0 --no-sgemm --threads 1 --backend all

@@ -5,7 +5,8 @@
 #define MESSAGE "no NVIDIA driver: *libcuda.so.1*"
 
 static const char *with(const char *text, char (*buffer)[256]) {
-  if (!cuda_in_build()) return "device_type: CUDA, expected CPU (this build has no kernels for CUDA)";
+  if (!cuda_in_build())
+    return "device_type: CUDA, expected CPU (this build has no kernels for CUDA)";
   snprintf(*buffer, sizeof *buffer, "%s" MESSAGE, text);
   return *buffer;
 }
@@ -52,9 +53,11 @@ static void test_questions(void **state) {
   (void)state;
   char buffer[256];
   assert_status(fkda_warmup(FKDA_DEVICE_CUDA, 0), expected(), __FILE__, __LINE__);
-  assert_message(with("device_type: CUDA, which cannot be used here: ", &buffer), __FILE__, __LINE__);
+  assert_message(with("device_type: CUDA, which cannot be used here: ", &buffer), __FILE__,
+                 __LINE__);
   assert_status(fkda_backend_available("portable"),
-                cuda_in_build() ? FKDA_ERROR_NO_DEVICE : FKDA_ERROR_INVALID_ARGUMENT, __FILE__, __LINE__);
+                cuda_in_build() ? FKDA_ERROR_NO_DEVICE : FKDA_ERROR_INVALID_ARGUMENT, __FILE__,
+                __LINE__);
   if (cuda_in_build()) assert_message("portable: " MESSAGE, __FILE__, __LINE__);
 }
 

@@ -24,33 +24,33 @@
 
 /* ---- each scenario in a process of its own ---- */
 
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) fail_child(__LINE__, #condition);                              \
+#define CHECK(condition)                                                                           \
+  do {                                                                                             \
+    if (!(condition)) fail_child(__LINE__, #condition);                                            \
   } while (0)
-#define CHECK_INT(actual, expected)                                                  \
-  do {                                                                               \
-    const long long is_ = (long long)(actual), should_ = (long long)(expected);      \
-    if (is_ != should_) {                                                            \
-      fprintf(stderr, "%lld, expected %lld\n", is_, should_);                        \
-      fail_child(__LINE__, #actual);                                                 \
-    }                                                                                \
+#define CHECK_INT(actual, expected)                                                                \
+  do {                                                                                             \
+    const long long is_ = (long long)(actual), should_ = (long long)(expected);                    \
+    if (is_ != should_) {                                                                          \
+      fprintf(stderr, "%lld, expected %lld\n", is_, should_);                                      \
+      fail_child(__LINE__, #actual);                                                               \
+    }                                                                                              \
   } while (0)
-#define CHECK_TEXT(actual, expected)                                                 \
-  do {                                                                               \
-    if (strcmp(actual, expected) != 0) {                                             \
-      fprintf(stderr, "\"%s\",\nexpected \"%s\"\n", actual, expected);               \
-      fail_child(__LINE__, #actual);                                                 \
-    }                                                                                \
+#define CHECK_TEXT(actual, expected)                                                               \
+  do {                                                                                             \
+    if (strcmp(actual, expected) != 0) {                                                           \
+      fprintf(stderr, "\"%s\",\nexpected \"%s\"\n", actual, expected);                             \
+      fail_child(__LINE__, #actual);                                                               \
+    }                                                                                              \
   } while (0)
-#define CHECK_FAILS(call, expected_status, message)                                  \
-  do {                                                                               \
-    CHECK_INT(call, expected_status);                                                \
-    CHECK_TEXT(fkda_last_error(), message);                                          \
+#define CHECK_FAILS(call, expected_status, message)                                                \
+  do {                                                                                             \
+    CHECK_INT(call, expected_status);                                                              \
+    CHECK_TEXT(fkda_last_error(), message);                                                        \
   } while (0)
-#define CHECK_OK(call)                                                               \
-  do {                                                                               \
-    if ((call) != FKDA_OK) fail_child(__LINE__, fkda_last_error());                  \
+#define CHECK_OK(call)                                                                             \
+  do {                                                                                             \
+    if ((call) != FKDA_OK) fail_child(__LINE__, fkda_last_error());                                \
   } while (0)
 
 static void fail_child(int line, const char *what) {
@@ -78,12 +78,12 @@ static void run_in_child(void (*scenario)(void)) {
   assert_int_equal(WEXITSTATUS(status), 0);
 }
 
-#define SCENARIO(name)                                                               \
-  static void name(void);                                                            \
-  static void test_##name(void **state) {                                            \
-    (void)state;                                                                     \
-    run_in_child(name);                                                              \
-  }                                                                                  \
+#define SCENARIO(name)                                                                             \
+  static void name(void);                                                                          \
+  static void test_##name(void **state) {                                                          \
+    (void)state;                                                                                   \
+    run_in_child(name);                                                                            \
+  }                                                                                                \
   static void name(void)
 
 /* ---- calls ---- */
@@ -94,11 +94,11 @@ static fkda_tensor place(int32_t dtype, int32_t ndim, const int64_t *shape) {
   int64_t bytes = (int64_t)fkda_dtype_size(dtype);
   for (int32_t i = 0; i < ndim; ++i) bytes *= shape[i] ? shape[i] : 1;
   next_address += ((uintptr_t)bytes + 511) / 256 * 256;
-  return fkda_tensor_contiguous((void *)(next_address - ((uintptr_t)bytes + 255) / 256 * 256), dtype,
-                                ndim, shape);
+  return fkda_tensor_contiguous((void *)(next_address - ((uintptr_t)bytes + 255) / 256 * 256),
+                                dtype, ndim, shape);
 }
-#define PLACE(dtype, ...)                                            \
-  place(dtype, (int32_t)(sizeof(int64_t[]){__VA_ARGS__} / sizeof(int64_t)), \
+#define PLACE(dtype, ...)                                                                          \
+  place(dtype, (int32_t)(sizeof(int64_t[]){__VA_ARGS__} / sizeof(int64_t)),                        \
         (const int64_t[]){__VA_ARGS__})
 
 static fake_stream stream_of[FAKE_DEVICES] = {{0, 0}, {1, 0}, {2, 0}};
@@ -133,8 +133,8 @@ static fkda_decode_args decode(int64_t N, int64_t HV, int64_t K, int64_t V, int3
   a.beta = PLACE(FKDA_F32, N, 2, HV);
   a.out = PLACE(FKDA_BF16, N, 2, HV, V);
   a.state_layout = layout;
-  a.state = layout == FKDA_STATE_VK ? PLACE(FKDA_F32, N + 3, HV, V, K)
-                                    : PLACE(FKDA_F32, N + 3, HV, K, V);
+  a.state =
+      layout == FKDA_STATE_VK ? PLACE(FKDA_F32, N + 3, HV, V, K) : PLACE(FKDA_F32, N + 3, HV, K, V);
   a.initial_state_indices = PLACE(FKDA_I64, N);
   return a;
 }
@@ -200,7 +200,8 @@ SCENARIO(minor_version) {
 
 SCENARIO(no_devices) {
   fake.device_count = 0;
-  check_no_device("no CUDA device: the NVIDIA driver sees none (CUDA_VISIBLE_DEVICES hides devices)");
+  check_no_device(
+      "no CUDA device: the NVIDIA driver sees none (CUDA_VISIBLE_DEVICES hides devices)");
 }
 
 SCENARIO(old_architecture) {
@@ -212,27 +213,31 @@ SCENARIO(old_architecture) {
 SCENARIO(driver_in_a_fork) {
   fake.failing = "cuInit";
   fake.failure = 3;
-  check_no_device("CUDA was started before this process was forked off; start it in the child only, "
-                  "or spawn");
+  check_no_device(
+      "CUDA was started before this process was forked off; start it in the child only, "
+      "or spawn");
 }
 
 SCENARIO(stub_driver) {
   fake.failing = "cuInit";
   fake.failure = 34;
-  check_no_device("libcuda.so.1 is the toolkit's stub, not a driver: take it out of LD_LIBRARY_PATH");
+  check_no_device(
+      "libcuda.so.1 is the toolkit's stub, not a driver: take it out of LD_LIBRARY_PATH");
 }
 
 SCENARIO(mismatched_driver) {
   fake.failing = "cuInit";
   fake.failure = 803;
-  check_no_device("libcuda.so.1 and the kernel's NVIDIA module are of different versions (restart after "
-                  "an update)");
+  check_no_device(
+      "libcuda.so.1 and the kernel's NVIDIA module are of different versions (restart after "
+      "an update)");
 }
 
 SCENARIO(broken_driver) {
   fake.failing = "cuInit";
   fake.failure = 999;
-  check_no_device("the NVIDIA driver does not start: CUDA_ERROR_FAKE, error 999 (made up for a test)");
+  check_no_device(
+      "the NVIDIA driver does not start: CUDA_ERROR_FAKE, error 999 (made up for a test)");
 }
 
 SCENARIO(broken_device) {
@@ -253,9 +258,10 @@ SCENARIO(device_numbers) {
   CHECK_INT(fkda_query(&a), FKDA_ERROR_NO_DEVICE);
   CHECK_INT(fkda_warmup(FKDA_DEVICE_CUDA, 2), FKDA_ERROR_NO_DEVICE);
   a.device_id = 3;
-  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
-              "device_type: CUDA, which cannot be used here: portable: device_id: 3, expected 0 to 2 "
-              "(3 CUDA devices here)");
+  CHECK_FAILS(
+      fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
+      "device_type: CUDA, which cannot be used here: portable: device_id: 3, expected 0 to 2 "
+      "(3 CUDA devices here)");
   CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 3), FKDA_ERROR_NO_DEVICE,
               "device_type: CUDA, which cannot be used here: device_id: 3, expected 0 to 2 (3 CUDA "
               "devices here)");
@@ -340,7 +346,8 @@ SCENARIO(prefill_launch) {
     CHECK_INT(info.threads, N * HV * split);
     CHECK_INT(info.workspace_size, 0);
     CHECK_OK(fkda_prefill(&a));
-    check_launch(cases[i].entry, (unsigned)(N * HV * split), FKDA_PORTABLE_PREFILL_THREADS(V / split),
+    check_launch(cases[i].entry, (unsigned)(N * HV * split),
+                 FKDA_PORTABLE_PREFILL_THREADS(V / split),
                  (unsigned)(FKDA_PORTABLE_PREFILL_SHARED(K, V / split)));
     CHECK(fake.launch.stream == &stream_of[0]);
     const fkda_portable_params p = params();
@@ -411,7 +418,8 @@ SCENARIO(decode_launch) {
     const int64_t N = cases[i].N, HV = cases[i].HV;
     fkda_decode_args a = decode(N, HV, cases[i].K, cases[i].V, cases[i].layout);
     CHECK_OK(fkda_decode(&a));
-    check_launch(cases[i].entry, (unsigned)(N * HV * cases[i].split), FKDA_PORTABLE_DECODE_THREADS, 0);
+    check_launch(cases[i].entry, (unsigned)(N * HV * cases[i].split), FKDA_PORTABLE_DECODE_THREADS,
+                 0);
     const fkda_portable_params p = params();
     CHECK_INT(p.value_split, cases[i].split);
     CHECK_INT(p.problem.op, FKDA_OP_DECODE);
@@ -600,8 +608,9 @@ SCENARIO(callers_context) {
   CHECK_INT(cuCtxPopCurrent_v2(&current), 0);
 }
 
-#define CAPTURE_MESSAGE                                                             \
-  "stream: capturing a graph, and the kernels are not loaded yet: call fkda_warmup() or the function " \
+#define CAPTURE_MESSAGE                                                                            \
+  "stream: capturing a graph, and the kernels are not loaded yet: call fkda_warmup() or the "      \
+  "function "                                                                                      \
   "itself on this device before the capture"
 
 SCENARIO(capture) {
@@ -630,14 +639,15 @@ SCENARIO(capture_beside_the_legacy_stream) {
   CHECK_INT(fake.loads, 0);
 }
 
-#define FORK_MESSAGE \
+#define FORK_MESSAGE                                                                               \
   "CUDA was started before this process was forked off; start it in the child only, or spawn"
 
 static void call_in_fork(void) {
   fkda_prefill_args a = prefill(1, 2, 128, 128);
   const int launches = fake.launches, current_asked = fake.current_asked;
   CHECK_INT(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE);
-  CHECK_TEXT(fkda_last_error(), "device_type: CUDA, which cannot be used here: portable: " FORK_MESSAGE);
+  CHECK_TEXT(fkda_last_error(),
+             "device_type: CUDA, which cannot be used here: portable: " FORK_MESSAGE);
   CHECK_INT(fkda_query(&a), FKDA_ERROR_NO_DEVICE);
   CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 0), FKDA_ERROR_NO_DEVICE,
               "device_type: CUDA, which cannot be used here: " FORK_MESSAGE);

@@ -206,26 +206,17 @@ static size_t set_field(call *c, const field *f, form form) {
   }
   if (!text) return 0;
   switch (f->kind) {
-    case FLAG:
-      *(int32_t *)to = atoi(text);
-      break;
-    case INT64:
-      *(int64_t *)to = atoll(text);
-      break;
-    case DOUBLE:
-      *(double *)to = strtod(text, NULL);
-      break;
+    case FLAG: *(int32_t *)to = atoi(text); break;
+    case INT64: *(int64_t *)to = atoll(text); break;
+    case DOUBLE: *(double *)to = strtod(text, NULL); break;
     case GATE:
       *(int32_t *)to = strcmp(text, "bounded") == 0    ? FKDA_GATE_BOUNDED
                        : strcmp(text, "softplus") == 0 ? FKDA_GATE_SOFTPLUS
                        : strcmp(text, "direct") == 0   ? FKDA_GATE_DIRECT
                                                        : -1;
       break;
-    case LAYOUT:
-      *(int32_t *)to = strcmp(text, "kv") == 0 ? FKDA_STATE_KV : FKDA_STATE_VK;
-      break;
-    default:
-      fail();
+    case LAYOUT: *(int32_t *)to = strcmp(text, "kv") == 0 ? FKDA_STATE_KV : FKDA_STATE_VK; break;
+    default: fail();
   }
   return 1;
 }

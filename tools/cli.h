@@ -1,4 +1,7 @@
-/* What the subcommands share: messages, progress, JSON, small parsers. */
+/* What the subcommands share: messages, progress, JSON, small parsers.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #ifndef FKDA_TOOLS_CLI_H
 #define FKDA_TOOLS_CLI_H
 

@@ -1,5 +1,8 @@
 /* flashkda bench: shapes or presets, against what the machine can do in the same run: the fp32 matrix
- * product of OpenBLAS for prefill, reading and writing memory in place for decode. */
+ * product of OpenBLAS for prefill, reading and writing memory in place for decode.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <getopt.h>
 #include <inttypes.h>
 #include <math.h>
@@ -29,6 +32,8 @@ static const char help[] =
     "  --no-sgemm            do not measure OpenBLAS\n"
     "  --json FILE           also write the results to FILE (- for standard output)\n"
     "  --commit TEXT         recorded in FILE";
+
+static FILE *text; /* where the table goes: stderr if standard output takes the JSON */
 
 enum { MAX_ROWS = 256, MAX_THREADS = 8, NAME = 48 };
 
@@ -365,30 +370,31 @@ static void finish_row(const bench *b, row *r, int thread_index) {
 }
 
 static void print_header(void) {
-  printf("%-20s %-9s %-7s %-12s %3s %11s %9s %8s %8s %10s %10s\n", "shape", "variant", "gate",
-         "backend", "thr", "ms", "GFLOP/s", "ratio", "speed-up", "error out", "error state");
+  fprintf(text, "%-20s %-9s %-7s %-12s %3s %11s %9s %8s %8s %10s %10s\n", "shape", "variant",
+          "gate", "backend", "thr", "ms", "GFLOP/s", "ratio", "speed-up", "error out",
+          "error state");
 }
 
 /* Blank where there is nothing to say. */
 static void print_number(double value, const char *unit) {
   if (value > 0) {
-    printf(" %7.2f%s", value, unit);
+    fprintf(text, " %7.2f%s", value, unit);
   } else {
-    printf(" %8s", "");
+    fprintf(text, " %8s", "");
   }
 }
 
 static void print_row(const row *r) {
   const bool decode = r->s.op == FKDA_OP_DECODE;
   const double ratio = decode ? r->memory_ratio : r->sgemm_ratio;
-  printf("%-20s %-9s %-7s %-12s %3d %11.3f ", r->s.name, r->s.variant, r->s.gate, r->plan.backend,
-         (int)r->threads, r->ms);
-  printf(decode ? "%5.1fGB/s" : "%9.1f", decode ? r->gbps : r->gflops);
+  fprintf(text, "%-20s %-9s %-7s %-12s %3d %11.3f ", r->s.name, r->s.variant, r->s.gate,
+          r->plan.backend, (int)r->threads, r->ms);
+  fprintf(text, decode ? "%5.1fGB/s" : "%9.1f", decode ? r->gbps : r->gflops);
   print_number(100 * ratio, "%");
   print_number(r->speedup, "x");
-  if (r->error_o >= 0) printf(" %10.2e %10.2e", r->error_o, r->error_state);
-  putchar('\n');
-  fflush(stdout);
+  if (r->error_o >= 0) fprintf(text, " %10.2e %10.2e", r->error_o, r->error_state);
+  fputc('\n', text);
+  fflush(text);
 }
 
 static int measure_row(bench *b, const shape *s, const char *backend, int thread_index,
@@ -461,15 +467,19 @@ static void json_positive(fkda_json *j, const char *key, double value) {
 static void write_row(fkda_json *j, const row *r) {
   const shape *s = &r->s;
   char plan[160];
-  int64_t *lens = malloc((size_t)(s->N + 1) * sizeof *lens);
-  for (int64_t n = 0; lens && n < s->N; n++) lens[n] = s->lens ? s->lens[n] : s->T;
   snprintf(plan, sizeof plan, "chunk %d, %" PRId64 " tasks, V in %d", (int)r->plan.chunk,
            r->plan.tasks, (int)r->plan.value_split);
   fkda_json_open(j, NULL, '{');
   fkda_json_text(j, "name", s->name);
   fkda_json_text(j, "op", fkda_op_name(s->op));
   fkda_json_int(j, "N", s->N);
-  if (lens) fkda_json_ints(j, "lens", lens, s->N);
+  if (s->lens) {
+    fkda_json_ints(j, "lens", s->lens, s->N);
+  } else if (s->op == FKDA_OP_PREFILL && s->N == 1) {
+    fkda_json_ints(j, "lens", &s->T, 1);
+  } else {
+    fkda_json_int(j, "T", s->T); /* N sequences of T tokens */
+  }
   fkda_json_int(j, "H", s->H);
   fkda_json_int(j, "HV", s->HV);
   fkda_json_int(j, "K", s->D);
@@ -493,7 +503,6 @@ static void write_row(fkda_json *j, const row *r) {
   fkda_json_real(j, "error_o", r->error_o < 0 ? (double)NAN : r->error_o);
   fkda_json_real(j, "error_state", r->error_state < 0 ? (double)NAN : r->error_state);
   fkda_json_close(j, '}');
-  free(lens);
 }
 
 static int write_json(const bench *b) {
@@ -561,7 +570,20 @@ static void measure_rates(bench *b) {
   fkda_cli_progress("%s", "");
 }
 
+static void print_rates(const bench *b) {
+  for (int64_t i = 0; i < b->thread_count; i++) {
+    fprintf(text, "%d thread%s:", (int)b->threads[i], b->threads[i] == 1 ? "" : "s");
+    if (b->sgemm_gflops[i] > 0) {
+      fprintf(text, " sgemm %.1f GFLOP/s (OpenBLAS, %s)", b->sgemm_gflops[i], fkda_sgemm_core());
+    }
+    if (b->memory_gbps[i] > 0)
+      fprintf(text, " memory %.1f GB/s read and written", b->memory_gbps[i]);
+    fputc('\n', text);
+  }
+}
+
 static int run(bench *b) {
+  text = b->json && !strcmp(b->json, "-") ? stderr : stdout;
   char cpu[256];
   int status = FKDA_EXIT_OK;
   if (b->sgemm && !fkda_sgemm_load()) {
@@ -569,17 +591,13 @@ static int run(bench *b) {
     b->sgemm = false;
   }
   measure_rates(b);
-  printf("%s\n", fkda_cli_cpu(cpu, sizeof cpu));
-  for (int64_t i = 0; i < b->thread_count; i++) {
-    printf("%d thread%s:", (int)b->threads[i], b->threads[i] == 1 ? "" : "s");
-    if (b->sgemm_gflops[i] > 0)
-      printf(" sgemm %.1f GFLOP/s (OpenBLAS, %s)", b->sgemm_gflops[i], fkda_sgemm_core());
-    if (b->memory_gbps[i] > 0) printf(" memory %.1f GB/s read and written", b->memory_gbps[i]);
-    putchar('\n');
-  }
+  fprintf(text, "%s\n", fkda_cli_cpu(cpu, sizeof cpu));
+  print_rates(b);
   print_header();
   for (int i = 0; i < b->shape_count && !status; i++) status = measure_shape(b, &b->shapes[i]);
   measure_rates(b); /* a busy neighbour during the first measurement would flatter us */
+  fputs("the better rates of before and after, which the JSON's ratios refer to\n", text);
+  print_rates(b);
   for (int i = 0; i < b->row_count; i++) {
     for (int64_t t = 0; t < b->thread_count; t++) {
       if (b->rows[i].threads == b->threads[t]) finish_row(b, &b->rows[i], (int)t);
@@ -622,40 +640,20 @@ int fkda_cmd_bench(int argc, char **argv) {
   b->seconds = 1;
   while (good && (option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
     switch (option) {
-      case 'h':
-        free(b);
-        return puts(help) < 0;
-      case 'p':
-        preset = optarg;
-        break;
+      case 'h': free(b); return puts(help) < 0;
+      case 'p': preset = optarg; break;
       case 'l':
         free(lens);
         good = (lens = fkda_cli_integers(optarg, 0, INT64_C(1) << 31, &lens_count)) != NULL;
         break;
-      case 'T':
-        good = fkda_cli_integer(optarg, 1, INT64_C(1) << 31, &T);
-        break;
-      case 'B':
-        good = fkda_cli_integer(optarg, 1, 1 << 20, &B);
-        break;
-      case 'n':
-        good = fkda_cli_integer(optarg, 1, 1 << 20, &N);
-        break;
-      case 'H':
-        good = fkda_cli_integer(optarg, 1, 4096, &H);
-        break;
-      case 'W':
-        good = fkda_cli_integer(optarg, 1, 4096, &HV);
-        break;
-      case 'D':
-        good = fkda_cli_integer(optarg, 1, 256, &D);
-        break;
-      case 'g':
-        good = fkda_gate_strength(gate = optarg, &ignored);
-        break;
-      case 'd':
-        good = (io = fkda_cli_dtype(optarg)) != FKDA_NONE && io != FKDA_F64;
-        break;
+      case 'T': good = fkda_cli_integer(optarg, 1, INT64_C(1) << 31, &T); break;
+      case 'B': good = fkda_cli_integer(optarg, 1, 1 << 20, &B); break;
+      case 'n': good = fkda_cli_integer(optarg, 1, 1 << 20, &N); break;
+      case 'H': good = fkda_cli_integer(optarg, 1, 4096, &H); break;
+      case 'W': good = fkda_cli_integer(optarg, 1, 4096, &HV); break;
+      case 'D': good = fkda_cli_integer(optarg, 1, 256, &D); break;
+      case 'g': good = fkda_gate_strength(gate = optarg, &ignored); break;
+      case 'd': good = (io = fkda_cli_dtype(optarg)) != FKDA_NONE && io != FKDA_F64; break;
       case 'b':
         b->all_backends = !strcmp(optarg, "all");
         b->backend = b->all_backends ? NULL : optarg;
@@ -670,21 +668,11 @@ int fkda_cmd_bench(int argc, char **argv) {
         b->seconds = strtod(optarg, &end);
         good = end != optarg && !*end && b->seconds >= 0 && b->seconds < 1e4;
         break;
-      case 'c':
-        b->check = false;
-        break;
-      case 'S':
-        b->sgemm = false;
-        break;
-      case 'j':
-        b->json = optarg;
-        break;
-      case 'C':
-        b->commit = optarg;
-        break;
-      default:
-        status = fkda_cli_usage("bench", "wrong usage");
-        goto done;
+      case 'c': b->check = false; break;
+      case 'S': b->sgemm = false; break;
+      case 'j': b->json = optarg; break;
+      case 'C': b->commit = optarg; break;
+      default: status = fkda_cli_usage("bench", "wrong usage"); goto done;
     }
   }
   if (!good) {
@@ -726,7 +714,7 @@ int fkda_cmd_bench(int argc, char **argv) {
       status = fkda_cli_error("out of memory");
     }
   }
-  if (!status) status = run(b);
+  if (!status && b->threads) status = run(b);
 done:
   free(b->threads);
   free(lens);

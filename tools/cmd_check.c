@@ -1,4 +1,7 @@
-/* flashkda check: the case table on this machine's backends. */
+/* flashkda check: the case table on this machine's backends.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <fnmatch.h>
 #include <getopt.h>
 #include <inttypes.h>
@@ -11,11 +14,14 @@
 
 static const char help[] =
     "Usage: flashkda check [OPTION...]\n\n"
-    "Runs the case table on each CPU backend that this machine can run and compares with the "
-    "token\n"
-    "recurrence in double precision. Exit status 1 if a case fails.\n\n"
+    "Runs the case table on each backend that this machine can run and compares with the token\n"
+    "recurrence in double precision. Exit status 1 if a case fails. Cases that the contract lets a\n"
+    "backend refuse are skipped.\n\n"
     "  --backend NAME|all   one backend (all)\n"
-    "  --case PATTERN       only cases whose name matches, for example \"gate/*\" or \"*_bf16\"\n"
+    "  --case PATTERN       only cases whose name matches, for example \"gate/*\" or \"*_bf16\";\n"
+    "                       several times: those that match one of them\n"
+    "  --no-guards          GPU buffers of exactly their size, without guard zones: for memory\n"
+    "                       checkers\n"
     "  --threads N          CPU threads\n"
     "  --list               print the cases and do not run them\n"
     "  --json               print one JSON object\n"
@@ -24,7 +30,7 @@ static const char help[] =
     "                       \"flashkda run\" reads the file, tensors gold.* aside\n"
     "  --save-dir DIR       the same for every matching case, DIR/GROUP.NAME.safetensors";
 
-enum { MAX_BACKENDS = 16, MAX_RANGES = 128 };
+enum { MAX_BACKENDS = 16, MAX_RANGES = 128, MAX_PATTERNS = 32 };
 
 /* Sums over the cases of one backend. */
 typedef struct tally {
@@ -37,9 +43,13 @@ typedef struct range_error {
 } range_error;
 
 typedef struct job {
-  const char *backend, *pattern, *save, *save_dir;
-  bool list, json;
+  const char *backend, *save, *save_dir;
+  const char *patterns[MAX_PATTERNS];
+  int pattern_count;
+  bool list, json, no_guards;
   const char *backends[MAX_BACKENDS];
+  const fkda_memory *memories[MAX_BACKENDS];
+  fkda_memory device; /* the GPU's, if a backend wants it */
   int backend_count;
   tally groups[MAX_BACKENDS][FKDA_GROUPS];
   double worst[MAX_BACKENDS][FKDA_GROUPS][2]; /* largest of all errors; [0] where all is fp32 */
@@ -103,7 +113,10 @@ static void describe(fkda_json *j, const fkda_case *c) {
 static const fkda_case *next_case(const job *j, int *index) {
   const fkda_case *c;
   while ((c = fkda_case_at((*index)++)) != NULL) {
-    if (!j->pattern || fnmatch(j->pattern, c->name, 0) == 0) return c;
+    bool wanted = !j->pattern_count;
+    for (int i = 0; i < j->pattern_count && !wanted; i++)
+      wanted = fnmatch(j->patterns[i], c->name, 0) == 0;
+    if (wanted) return c;
   }
   return NULL;
 }
@@ -266,8 +279,8 @@ static void report_json(fkda_json *out, const char *backend, const fkda_result *
 }
 
 static void run_case(job *j, const fkda_case *c) {
-  char error[256];
-  fkda_fixture *f = fkda_fixture_new(c, fkda_memory_host(), error, sizeof error);
+  char error[256] = "";
+  fkda_fixture *f = NULL;
   if (j->json) {
     fkda_json_open(&j->out, NULL, '{');
     fkda_json_text(&j->out, "name", c->name);
@@ -277,6 +290,10 @@ static void run_case(job *j, const fkda_case *c) {
   for (int b = 0; b < j->backend_count; b++) {
     fkda_result r = {
         .verdict = FKDA_FAIL, .error_out = -1, .error_state = -1, .error_checkpoint = -1};
+    if (!b || j->memories[b] != j->memories[b - 1]) { /* backends of one memory follow each other */
+      fkda_fixture_free(f);
+      f = fkda_fixture_new(c, j->memories[b], error, sizeof error);
+    }
     if (f) {
       fkda_fixture_run(f, j->backends[b], &r);
     } else {
@@ -367,6 +384,7 @@ static int run_cases(job *j) {
     fkda_json_open(&j->out, NULL, '{');
     fkda_json_text(&j->out, "version", fkda_version_string());
     fkda_json_text(&j->out, "device", fkda_cli_cpu(cpu, sizeof cpu));
+    if (j->device.alloc) fkda_json_text(&j->out, "gpu", fkda_memory_cuda_device());
     fkda_json_int(&j->out, "threads", fkda_num_threads());
     fkda_json_open(&j->out, "backends", '[');
     for (int b = 0; b < j->backend_count; b++) fkda_json_text(&j->out, NULL, j->backends[b]);
@@ -391,19 +409,37 @@ static int run_cases(job *j) {
   } else {
     for (int b = 0; b < j->backend_count; b++) print_backend(j, b);
     printf("\n%d cases", total);
-    if (all.skipped) printf("; %d runs skipped: the backend lacks the operation", all.skipped);
+    if (all.skipped) printf("; %d runs skipped: not in the backend's contract", all.skipped);
     printf("\n%d passed, %d failed\n", all.passed, all.failed);
   }
   return all.failed ? FKDA_EXIT_FAILED : FKDA_EXIT_OK;
+}
+
+/* The memory of a backend's device; NULL with a message on stderr. */
+static const fkda_memory *memory_of(job *j, const char *backend) {
+  char error[256];
+  if (strncmp(backend, "cpu-", 4) == 0 || strcmp(backend, "reference") == 0) {
+    return fkda_memory_host();
+  }
+  const fkda_memory *device = fkda_memory_cuda(error, sizeof error);
+  if (!device) {
+    fkda_cli_error("%s: %s", backend, error);
+    return NULL;
+  }
+  j->device = *device;
+  if (j->no_guards) j->device.guard = 0;
+  return &j->device;
 }
 
 static bool pick_backends(job *j) {
   const char *name;
   for (int32_t i = 0; (name = fkda_backend_name(i)) != NULL && j->backend_count < MAX_BACKENDS;
        i++) {
-    const bool cpu = strncmp(name, "cpu-", 4) == 0 || strcmp(name, "reference") == 0;
-    if (j->backend ? strcmp(j->backend, name) != 0 : !cpu) continue;
+    if (j->backend && strcmp(j->backend, name) != 0) continue;
     if (fkda_backend_available(name) == FKDA_OK) {
+      const fkda_memory *memory = memory_of(j, name);
+      if (!memory) return false;
+      j->memories[j->backend_count] = memory;
       j->backends[j->backend_count++] = name;
     } else if (j->backend) {
       fkda_cli_error("%s: %s", name, fkda_last_error());
@@ -415,7 +451,7 @@ static bool pick_backends(job *j) {
 static int check(job *j) {
   int index = 0;
   if (!next_case(j, &index))
-    return fkda_cli_usage("check", "--case: no case matches \"%s\"", j->pattern);
+    return fkda_cli_usage("check", "--case: no case matches \"%s\"", j->patterns[0]);
   if (j->list) return list_cases(j);
   if (j->save || j->save_dir) return save_cases(j);
   if (!pick_backends(j)) return FKDA_EXIT_FAILED;
@@ -425,6 +461,7 @@ static int check(job *j) {
 int fkda_cmd_check(int argc, char **argv) {
   static const struct option options[] = {{"backend", required_argument, NULL, 'b'},
                                           {"case", required_argument, NULL, 'c'},
+                                          {"no-guards", no_argument, NULL, 'g'},
                                           {"threads", required_argument, NULL, 't'},
                                           {"list", no_argument, NULL, 'l'},
                                           {"json", no_argument, NULL, 'j'},
@@ -439,34 +476,26 @@ int fkda_cmd_check(int argc, char **argv) {
   j->out.stream = stdout;
   while (status == FKDA_EXIT_OK && (option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
     switch (option) {
-      case 'h':
-        free(j);
-        return puts(help) < 0;
-      case 'b':
-        j->backend = strcmp(optarg, "all") ? optarg : NULL;
-        break;
+      case 'h': free(j); return puts(help) < 0;
+      case 'b': j->backend = strcmp(optarg, "all") ? optarg : NULL; break;
       case 'c':
-        j->pattern = optarg;
+        if (j->pattern_count < MAX_PATTERNS) {
+          j->patterns[j->pattern_count++] = optarg;
+        } else {
+          status = fkda_cli_usage("check", "--case: more than %d", MAX_PATTERNS);
+        }
         break;
+      case 'g': j->no_guards = true; break;
       case 't':
         if (!fkda_cli_integer(optarg, 1, 1024, &threads)) {
           status = fkda_cli_usage("check", "--threads: \"%s\", expected 1 to 1024", optarg);
         }
         break;
-      case 'l':
-        j->list = true;
-        break;
-      case 'j':
-        j->json = true;
-        break;
-      case 's':
-        j->save = optarg;
-        break;
-      case 'd':
-        j->save_dir = optarg;
-        break;
-      default:
-        status = fkda_cli_usage("check", "wrong usage");
+      case 'l': j->list = true; break;
+      case 'j': j->json = true; break;
+      case 's': j->save = optarg; break;
+      case 'd': j->save_dir = optarg; break;
+      default: status = fkda_cli_usage("check", "wrong usage");
     }
   }
   if (!status && optind < argc)

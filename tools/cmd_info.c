@@ -1,4 +1,7 @@
-/* flashkda info */
+/* flashkda info
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <getopt.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,7 @@
-/* flashkda make: a file of random inputs for `flashkda run`. */
+/* flashkda make: a file of random inputs for `flashkda run`.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -116,44 +119,24 @@ int fkda_cmd_make(int argc, char **argv) {
   bool good = true;
   while (good && (option = getopt_long(argc, argv, "ho:", options, NULL)) != -1) {
     switch (option) {
-      case 'h':
-        return puts(help) < 0;
-      case 'o':
-        r.path = optarg;
-        break;
-      case 'l':
-        lens = optarg;
-        break;
-      case 'H':
-        good = fkda_cli_integer(optarg, 1, 4096, &r.H);
-        break;
-      case 'W':
-        good = fkda_cli_integer(optarg, 1, 4096, &r.HV);
-        break;
+      case 'h': return puts(help) < 0;
+      case 'o': r.path = optarg; break;
+      case 'l': lens = optarg; break;
+      case 'H': good = fkda_cli_integer(optarg, 1, 4096, &r.H); break;
+      case 'W': good = fkda_cli_integer(optarg, 1, 4096, &r.HV); break;
       case 'D':
         good = fkda_cli_integer(optarg, 1, 1024, &r.K);
         r.V = r.K;
         break;
-      case 'K':
-        good = fkda_cli_integer(optarg, 1, 1024, &r.K);
-        break;
-      case 'V':
-        good = fkda_cli_integer(optarg, 1, 1024, &r.V);
-        break;
-      case 's':
-        good = fkda_cli_integer(optarg, 0, INT64_MAX / TENSORS - 1, &r.seed);
-        break;
+      case 'K': good = fkda_cli_integer(optarg, 1, 1024, &r.K); break;
+      case 'V': good = fkda_cli_integer(optarg, 1, 1024, &r.V); break;
+      case 's': good = fkda_cli_integer(optarg, 0, INT64_MAX / TENSORS - 1, &r.seed); break;
       case 'd':
         good = (r.dtype = fkda_cli_dtype(optarg)) != FKDA_NONE && r.dtype != FKDA_F64;
         break;
-      case 'g':
-        r.strength = optarg;
-        break;
-      case 'i':
-        r.initial = true;
-        break;
-      default:
-        return fkda_cli_usage("make", "wrong usage");
+      case 'g': r.strength = optarg; break;
+      case 'i': r.initial = true; break;
+      default: return fkda_cli_usage("make", "wrong usage");
     }
   }
   if (!good) return fkda_cli_usage("make", "bad value \"%s\"", optarg);

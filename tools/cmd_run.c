@@ -1,4 +1,7 @@
-/* flashkda run: inputs from a .safetensors file to outputs in another. */
+/* flashkda run: inputs from a .safetensors file to outputs in another.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <getopt.h>
 #include <inttypes.h>
 #include <math.h>
@@ -544,20 +547,11 @@ int fkda_cmd_run(int argc, char **argv) {
   for (int i = 0; i < FKDA_FIELDS; i++) j.outputs[i].error = -1;
   while ((option = getopt_long(argc, argv, "ho:", options, NULL)) != -1) {
     switch (option) {
-      case 'h':
-        return puts(help) < 0;
-      case 'o':
-        j.output = optarg;
-        break;
-      case 'b':
-        j.backend = optarg;
-        break;
-      case 'c':
-        j.check = true;
-        break;
-      case 'j':
-        j.json = true;
-        break;
+      case 'h': return puts(help) < 0;
+      case 'o': j.output = optarg; break;
+      case 'b': j.backend = optarg; break;
+      case 'c': j.check = true; break;
+      case 'j': j.json = true; break;
       case 't':
         if (!fkda_cli_integer(optarg, 1, 1024, &j.threads)) {
           return fkda_cli_usage("run", "--threads: \"%s\", expected 1 to 1024", optarg);

@@ -1,4 +1,7 @@
-/* flashkda: the command line. */
+/* flashkda: the command line.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <stdio.h>
 #include <string.h>
 

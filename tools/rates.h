@@ -1,4 +1,7 @@
-/* What the machine can do: the yardsticks of `flashkda bench`. */
+/* What the machine can do: the yardsticks of `flashkda bench`.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #ifndef FKDA_TOOLS_RATES_H
 #define FKDA_TOOLS_RATES_H
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT */
 #define _POSIX_C_SOURCE 200809L
 
 #include "safetensors.h"
@@ -197,29 +198,14 @@ static int json_escape(json *j, uint32_t *code) {
   switch (c) {
     case '"':
     case '\\':
-    case '/':
-      *code = c;
-      return 0;
-    case 'b':
-      *code = '\b';
-      return 0;
-    case 'f':
-      *code = '\f';
-      return 0;
-    case 'n':
-      *code = '\n';
-      return 0;
-    case 'r':
-      *code = '\r';
-      return 0;
-    case 't':
-      *code = '\t';
-      return 0;
-    case 'u':
-      break;
-    default:
-      j->at--;
-      return json_fail(j, "unknown escape");
+    case '/': *code = c; return 0;
+    case 'b': *code = '\b'; return 0;
+    case 'f': *code = '\f'; return 0;
+    case 'n': *code = '\n'; return 0;
+    case 'r': *code = '\r'; return 0;
+    case 't': *code = '\t'; return 0;
+    case 'u': break;
+    default: j->at--; return json_fail(j, "unknown escape");
   }
   if (json_hex4(j, code)) return -1;
   if (*code >= 0xDC00 && *code <= 0xDFFF) return json_fail(j, "lone surrogate");
@@ -398,8 +384,8 @@ static int parse_header(fkda_st *file, json *j) {
     more = false;
   }
   while (more) {
-    char *name;
-    if (json_string(j, &name)) return -1;
+    char *name = NULL;
+    if (json_string(j, &name) || !name) return -1;
     if (json_expect(j, ':')) {
       free(name);
       return -1;

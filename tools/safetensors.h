@@ -10,6 +10,8 @@
  * bounded. A file that breaks a rule is refused with a message that says which.
  *
  * All functions return 0 for success and -1 with a message in `error` otherwise.
+ *
+ * SPDX-License-Identifier: MIT
  */
 #ifndef FKDA_TOOLS_SAFETENSORS_H
 #define FKDA_TOOLS_SAFETENSORS_H

@@ -221,7 +221,7 @@ typedef struct fkda_prefill_args {
   fkda_tensor final_state;
   fkda_tensor initial_state_indices; /* [N] i32 or i64 */
   fkda_tensor final_state_indices;   /* [N] i32 or i64 */
-  fkda_tensor has_initial_state;     /* [N] bool: where 0, start from zero whatever the slot holds */
+  fkda_tensor has_initial_state; /* [N] bool: where 0, start from zero whatever the slot holds */
 
   /* Checkpoints: copies of the running state, stored to checkpoint_state (bf16, f16 or f32).
    * By offsets: the state after checkpoint_offsets tokens of its sequence, multiples of 16 in
@@ -286,7 +286,7 @@ typedef struct fkda_decode_args {
   fkda_tensor initial_state_indices; /* [N] or [N,M], i32 or i64 */
   fkda_tensor final_state_indices;   /* [N] or [N,M], i32 or i64 */
   fkda_tensor has_initial_state;     /* [N] bool */
-  fkda_tensor num_accepted_tokens;   /* [N] i32 or i64 in 1..M; two-dimensional indices only; absent: 1 */
+  fkda_tensor num_accepted_tokens; /* [N] i32 or i64 in 1..M, with [N,M] indices only; absent: 1 */
 
   int32_t batch_invariant;
   int32_t reserved0; /* 0 */
@@ -317,8 +317,8 @@ typedef struct fkda_summary_args {
   fkda_tensor dt_bias;
   fkda_tensor cu_seqlens;
 
-  fkda_tensor M; /* [N,HV,K,K] f32, written: row index multiplies S_in's K */
-  fkda_tensor b; /* [N,HV,V,K] f32, written ([N,HV,K,V] for FKDA_STATE_KV) */
+  fkda_tensor M;        /* [N,HV,K,K] f32, written: row index multiplies S_in's K */
+  fkda_tensor b;        /* [N,HV,V,K] f32, written ([N,HV,K,V] for FKDA_STATE_KV) */
   int32_t state_layout; /* of b */
   int32_t reserved0;    /* 0 */
 } fkda_summary_args;

@@ -4,6 +4,7 @@
     decode(q, k, v, g, beta, state, ...)                                  a few tokens, state pool
     supports(...), plan(...), backends(), get_workspace_size(...)         questions
     set_num_threads(n), get_num_threads()                                 the CPU pool
+    warmup(device)                                                        before a CUDA graph
 
 Importing the package imports neither torch nor NumPy.
 """
@@ -19,6 +20,7 @@ from ._C import (
     plan,
     set_num_threads,
     supports,
+    warmup,
 )
 
 __all__ = [
@@ -32,4 +34,5 @@ __all__ = [
     "plan",
     "set_num_threads",
     "supports",
+    "warmup",
 ]

@@ -397,17 +397,10 @@ static PyObject *raise_status(const call *c, fkda_status status) {
   PyObject *exception = PyExc_RuntimeError;
   switch (status) {
     case FKDA_ERROR_INVALID_ARGUMENT:
-    case FKDA_ERROR_WORKSPACE:
-      exception = PyExc_ValueError;
-      break;
-    case FKDA_ERROR_INVALID_DTYPE:
-      exception = PyExc_TypeError;
-      break;
-    case FKDA_ERROR_OUT_OF_MEMORY:
-      exception = PyExc_MemoryError;
-      break;
-    default:
-      break;
+    case FKDA_ERROR_WORKSPACE: exception = PyExc_ValueError; break;
+    case FKDA_ERROR_INVALID_DTYPE: exception = PyExc_TypeError; break;
+    case FKDA_ERROR_OUT_OF_MEMORY: exception = PyExc_MemoryError; break;
+    default: break;
   }
   const char *detail = detail_of(c);
   PyErr_SetString(exception, *detail ? detail : fkda_status_string(status));
@@ -416,14 +409,10 @@ static PyObject *raise_status(const call *c, fkda_status status) {
 
 static fkda_status launch(call *c) {
   switch (c->args.header.op) {
-    case FKDA_OP_PREFILL:
-      return fkda_prefill(&c->args.prefill);
-    case FKDA_OP_DECODE:
-      return fkda_decode(&c->args.decode);
-    case FKDA_OP_SUMMARY:
-      return fkda_summary(&c->args.summary);
-    default:
-      return FKDA_ERROR_INTERNAL;
+    case FKDA_OP_PREFILL: return fkda_prefill(&c->args.prefill);
+    case FKDA_OP_DECODE: return fkda_decode(&c->args.decode);
+    case FKDA_OP_SUMMARY: return fkda_summary(&c->args.summary);
+    default: return FKDA_ERROR_INTERNAL;
   }
 }
 
@@ -699,6 +688,54 @@ static PyObject *get_num_threads(PyObject *self, PyObject *unused) {
   return PyLong_FromLong(fkda_num_threads());
 }
 
+/* torch's current CUDA device, 0 without torch; -1 with an exception set. */
+static long current_cuda_device(void) {
+  PyObject *modules = PyImport_GetModuleDict(); /* borrowed */
+  PyObject *torch = modules ? PyDict_GetItemString(modules, "torch") : NULL;
+  if (!torch) return 0;
+  PyObject *cuda = PyObject_GetAttrString(torch, "cuda");
+  PyObject *index = cuda ? PyObject_CallMethod(cuda, "current_device", NULL) : NULL;
+  const long id = index ? PyLong_AsLong(index) : -1;
+  Py_XDECREF(index);
+  Py_XDECREF(cuda);
+  return id;
+}
+
+static PyObject *warmup(PyObject *self, PyObject *argument) {
+  (void)self;
+  PyObject *text = PyObject_Str(argument); /* a str or a torch.device */
+  const char *name = text ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
+  if (!name) {
+    Py_XDECREF(text);
+    return NULL;
+  }
+  const bool cpu = !strcmp(name, "cpu");
+  long id = 0;
+  char *end = NULL;
+  if (!strcmp(name, "cuda")) {
+    id = current_cuda_device();
+  } else if (!strncmp(name, "cuda:", 5) && name[5] >= '0' && name[5] <= '9') {
+    id = strtol(name + 5, &end, 10);
+    if (*end || id > INT32_MAX) id = -1;
+  } else if (!cpu) {
+    id = -1;
+  }
+  if (id < 0) {
+    if (!PyErr_Occurred()) {
+      PyErr_Format(PyExc_ValueError, "device: '%U', expected 'cpu', 'cuda' or 'cuda:N'", text);
+    }
+    Py_DECREF(text);
+    return NULL;
+  }
+  Py_DECREF(text);
+  fkda_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = fkda_warmup(cpu ? FKDA_DEVICE_CPU : FKDA_DEVICE_CUDA, (int32_t)id);
+  Py_END_ALLOW_THREADS;
+  if (status != FKDA_OK) return raise_status(NULL, status);
+  Py_RETURN_NONE;
+}
+
 /* _time_calls(n, function_name, *args, **keywords): seconds that n calls of the C function take with the
  * struct that fwd() or decode() would pass. bench/python_overhead.py subtracts it from the whole. */
 static PyObject *time_calls(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -867,6 +904,11 @@ static PyMethodDef methods[] = {
      "Threads of the CPU pool, the caller's included: 1 to 1024, or 0 for the default."},
     {"get_num_threads", get_num_threads, METH_NOARGS,
      "get_num_threads($module)\n--\n\nThreads that CPU calls may use now."},
+    {"warmup", warmup, METH_O,
+     "warmup($module, device, /)\n--\n\n"
+     "Does ahead of time what the first call on a device would do: starts the CPU pool ('cpu'), loads "
+     "the\n"
+     "kernels ('cuda', 'cuda:1', a torch.device). Needed before a CUDA graph captures that call."},
     {"_time_calls", FAST(time_calls), METH_FASTCALL | METH_KEYWORDS, NULL},
     {NULL, NULL, 0, NULL}};
 

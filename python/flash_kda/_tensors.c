@@ -245,14 +245,10 @@ static int32_t dtype_of_dlpack(DLDataType type) {
              : type.bits == 16 ? FKDA_F16
              : type.bits == 64 ? FKDA_F64
                                : 0;
-    case kDLBfloat:
-      return type.bits == 16 ? FKDA_BF16 : FKDA_NONE;
-    case kDLInt:
-      return type.bits == 32 ? FKDA_I32 : type.bits == 64 ? FKDA_I64 : FKDA_NONE;
-    case kDLBool:
-      return type.bits == 8 ? FKDA_BOOL : FKDA_NONE;
-    default:
-      return FKDA_NONE;
+    case kDLBfloat: return type.bits == 16 ? FKDA_BF16 : FKDA_NONE;
+    case kDLInt: return type.bits == 32 ? FKDA_I32 : type.bits == 64 ? FKDA_I64 : FKDA_NONE;
+    case kDLBool: return type.bits == 8 ? FKDA_BOOL : FKDA_NONE;
+    default: return FKDA_NONE;
   }
 }
 
@@ -377,12 +373,8 @@ static int view_of_array(tensors *set, const char *name, PyObject *object, view 
     case 'f':
       out->tensor.dtype = size == 4 ? FKDA_F32 : size == 2 ? FKDA_F16 : size == 8 ? FKDA_F64 : 0;
       break;
-    case 'i':
-      out->tensor.dtype = size == 4 ? FKDA_I32 : size == 8 ? FKDA_I64 : FKDA_NONE;
-      break;
-    case 'b':
-      out->tensor.dtype = size == 1 ? FKDA_BOOL : FKDA_NONE;
-      break;
+    case 'i': out->tensor.dtype = size == 4 ? FKDA_I32 : size == 8 ? FKDA_I64 : FKDA_NONE; break;
+    case 'b': out->tensor.dtype = size == 1 ? FKDA_BOOL : FKDA_NONE; break;
     case 'V': /* ml_dtypes' types say "void" */
       out->tensor.dtype = dtype_of_object(object);
       if (out->tensor.dtype < 0) {
@@ -390,8 +382,7 @@ static int view_of_array(tensors *set, const char *name, PyObject *object, view 
         goto done;
       }
       break;
-    default:
-      out->tensor.dtype = FKDA_NONE;
+    default: out->tensor.dtype = FKDA_NONE;
   }
   if (size > 1 && !(array->flags & ARRAY_NOTSWAPPED)) {
     refuse(set, PyExc_ValueError, "%s: byte-swapped, expected native byte order", name);

@@ -8,8 +8,7 @@
 const char *fkda_status_string(fkda_status status) {
   switch (status) {
 #define CASE(name, value, text)                                                                    \
-  case name:                                                                                       \
-    return text;
+  case name: return text;
     FKDA_STATUS_LIST(CASE)
 #undef CASE
   }
@@ -18,27 +17,22 @@ const char *fkda_status_string(fkda_status status) {
 
 const char *fkda_dtype_string(int32_t dtype) {
   switch (dtype) {
-    case FKDA_NONE:
-      return "none";
+    case FKDA_NONE: return "none";
 #define CASE(name, value, bytes, text)                                                             \
-  case name:                                                                                       \
-    return text;
+  case name: return text;
       FKDA_DTYPE_LIST(CASE)
 #undef CASE
-    default:
-      return "unknown";
+    default: return "unknown";
   }
 }
 
 size_t fkda_dtype_size(int32_t dtype) {
   switch (dtype) {
 #define CASE(name, value, bytes, text)                                                             \
-  case name:                                                                                       \
-    return bytes;
+  case name: return bytes;
     FKDA_DTYPE_LIST(CASE)
 #undef CASE
-    default:
-      return 0;
+    default: return 0;
   }
 }
 

@@ -30,48 +30,30 @@ typedef union any_args {
 
 static const char *op_name(int32_t op) {
   switch (op) {
-    case FKDA_OP_PREFILL:
-      return "prefill";
-    case FKDA_OP_DECODE:
-      return "decode";
-    case FKDA_OP_SUMMARY:
-      return "summary";
-    case FKDA_OP_BACKWARD:
-      return "backward";
-    default:
-      return "unknown";
+    case FKDA_OP_PREFILL: return "prefill";
+    case FKDA_OP_DECODE: return "decode";
+    case FKDA_OP_SUMMARY: return "summary";
+    case FKDA_OP_BACKWARD: return "backward";
+    default: return "unknown";
   }
 }
 
 static size_t args_size(int32_t op) {
   switch (op) {
-    case FKDA_OP_PREFILL:
-      return sizeof(fkda_prefill_args);
-    case FKDA_OP_DECODE:
-      return sizeof(fkda_decode_args);
-    case FKDA_OP_SUMMARY:
-      return sizeof(fkda_summary_args);
-    case FKDA_OP_BACKWARD:
-      return sizeof(fkda_backward_args);
-    default:
-      return 0;
+    case FKDA_OP_PREFILL: return sizeof(fkda_prefill_args);
+    case FKDA_OP_DECODE: return sizeof(fkda_decode_args);
+    case FKDA_OP_SUMMARY: return sizeof(fkda_summary_args);
+    case FKDA_OP_BACKWARD: return sizeof(fkda_backward_args);
+    default: return 0;
   }
 }
 
 static void args_defaults(int32_t op, any_args *args) {
   switch (op) {
-    case FKDA_OP_PREFILL:
-      args->prefill = fkda_prefill_args_init();
-      break;
-    case FKDA_OP_DECODE:
-      args->decode = fkda_decode_args_init();
-      break;
-    case FKDA_OP_SUMMARY:
-      args->summary = fkda_summary_args_init();
-      break;
-    default:
-      args->backward = fkda_backward_args_init();
-      break;
+    case FKDA_OP_PREFILL: args->prefill = fkda_prefill_args_init(); break;
+    case FKDA_OP_DECODE: args->decode = fkda_decode_args_init(); break;
+    case FKDA_OP_SUMMARY: args->summary = fkda_summary_args_init(); break;
+    default: args->backward = fkda_backward_args_init(); break;
   }
 }
 
@@ -774,18 +756,10 @@ fkda_status fkda_check(const void *args, int32_t op, bool for_run, fkda_problem 
   c->regions = 0; /* the regions themselves are filled in as they come */
   TRY(check_header(&header, c));
   switch (header.op) {
-    case FKDA_OP_PREFILL:
-      TRY(check_prefill(c, args));
-      break;
-    case FKDA_OP_DECODE:
-      TRY(check_decode(c, args));
-      break;
-    case FKDA_OP_SUMMARY:
-      TRY(check_summary(c, args));
-      break;
-    default:
-      TRY(check_backward(c, args));
-      break;
+    case FKDA_OP_PREFILL: TRY(check_prefill(c, args)); break;
+    case FKDA_OP_DECODE: TRY(check_decode(c, args)); break;
+    case FKDA_OP_SUMMARY: TRY(check_summary(c, args)); break;
+    default: TRY(check_backward(c, args)); break;
   }
   if (for_run) {
     TRY(fkda_check_overlap(c));

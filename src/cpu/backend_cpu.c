@@ -7,7 +7,8 @@
 #include "cpu/pool.h"
 #include "run/backend.h"
 
-#define ALIGNMENT 64 /* of the workspace and of each thread's scratch: a cache line, a 512-bit vector */
+/* Of the workspace and of each thread's scratch: a cache line, a 512-bit vector. */
+#define ALIGNMENT 64
 
 /* ---- which instruction sets does this processor have? ------------------------------------------- */
 
@@ -103,13 +104,14 @@ static size_t order_bytes(const fkda_problem *p) {
   return align_up((size_t)p->N * sizeof(sequence_order));
 }
 static size_t rows_bytes(const fkda_problem *p) {
-  return p->checkpoints.mode == FKDA_CHECKPOINT_EVERY ? align_up((size_t)p->N * sizeof(int64_t)) : 0;
+  return p->checkpoints.mode == FKDA_CHECKPOINT_EVERY ? align_up((size_t)p->N * sizeof(int64_t))
+                                                      : 0;
 }
 static int64_t widest_V(const fkda_problem *p) {
   return p->op == FKDA_OP_SUMMARY && p->K > p->V ? p->K : p->V;
 }
 
-#define SERIAL_TOKENS 16        /* (token, head) pairs below which waking a thread costs more */
+#define SERIAL_TOKENS 16         /* (token, head) pairs below which waking a thread costs more */
 #define SERIAL_BYTES (256 << 10) /* the same for decode's state traffic */
 
 static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
@@ -148,7 +150,7 @@ typedef struct run {
   const fkda_cpu_kernels *kernels;
   pass passes[2]; /* the second: summary's M */
   int32_t split;
-  int64_t batch; /* tasks claimed at a time */
+  int64_t batch;                  /* tasks claimed at a time */
   const sequence_order *order;    /* NULL: sequence numbers as they come */
   const int64_t *checkpoint_rows; /* NULL: none by interval */
   char *scratch;
@@ -221,8 +223,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   if (!workspace) {
     workspace = heap = aligned_alloc(ALIGNMENT, align_up(plan->workspace_size));
     if (!heap)
-      return fkda_fail(FKDA_ERROR_OUT_OF_MEMORY, "workspace: %zu bytes of host memory not available",
-                       plan->workspace_size);
+      return fkda_fail(FKDA_ERROR_OUT_OF_MEMORY,
+                       "workspace: %zu bytes of host memory not available", plan->workspace_size);
   }
   run r = {.kernels = self->kernels, .split = plan->value_split, .batch = 1};
   if (p->N > 1) {
@@ -266,16 +268,16 @@ static fkda_status warmup(const fkda_backend *self, int32_t device_id) {
   return FKDA_OK;
 }
 
-#define CPU_BACKEND(isa, available_function)          \
-  const fkda_backend fkda_backend_cpu_##isa = {       \
-      .name = "cpu-" #isa,                            \
-      .device_type = FKDA_DEVICE_CPU,                 \
-      .kernels = &fkda_cpu_kernels_##isa,             \
-      .available = available_function,                \
-      .supports = supports,                           \
-      .plan = plan,                                   \
-      .launch = launch,                               \
-      .warmup = warmup,                               \
+#define CPU_BACKEND(isa, available_function)                                                       \
+  const fkda_backend fkda_backend_cpu_##isa = {                                                    \
+      .name = "cpu-" #isa,                                                                         \
+      .device_type = FKDA_DEVICE_CPU,                                                              \
+      .kernels = &fkda_cpu_kernels_##isa,                                                          \
+      .available = available_function,                                                             \
+      .supports = supports,                                                                        \
+      .plan = plan,                                                                                \
+      .launch = launch,                                                                            \
+      .warmup = warmup,                                                                            \
   }
 
 #if defined(__x86_64__)

@@ -56,10 +56,10 @@ static size_t place_buffers(chunk_buffers *b, char *base, int64_t K, int64_t V) 
   b->Vp = round_up(V, PANEL);
   const int64_t widest = b->Kp > b->Vp ? b->Kp : b->Vp;
   size_t offset = 0;
-#define PLACE(field, count)                                      \
-  do {                                                           \
-    b->field = base ? (float *)(void *)(base + offset) : NULL;   \
-    offset += (size_t)round_up((count) * (int64_t)sizeof(float), 64); \
+#define PLACE(field, count)                                                                        \
+  do {                                                                                             \
+    b->field = base ? (float *)(void *)(base + offset) : NULL;                                     \
+    offset += (size_t)round_up((count) * (int64_t)sizeof(float), 64);                              \
   } while (0)
   PLACE(state, b->Vp * b->Kp);
   PLACE(anchored, 2 * CHUNK * b->Kp);
@@ -247,7 +247,8 @@ static void load_chunk(chunk_buffers *b, const fkda_cpu_job *job, const fkda_spa
     if (p->v.data)
       load_row(b->values + c * b->Vp, p->v.data, p->v.dtype,
                row_offset(&p->v, span, t + c, job->head) + job->v_begin, b->V, b->Vp);
-    b->beta[c] = load_scalar(p->beta.data, p->beta.dtype, row_offset(&p->beta, span, t + c, job->head));
+    b->beta[c] =
+        load_scalar(p->beta.data, p->beta.dtype, row_offset(&p->beta, span, t + c, job->head));
   }
   zero_rows(k, tokens, b->Kp);
   zero_rows(q, p->q.data ? tokens : 0, b->Kp);
@@ -268,8 +269,7 @@ static void load_chunk(chunk_buffers *b, const fkda_cpu_job *job, const fkda_spa
     const vec eps = v_set((float)FKDA_L2NORM_EPS);
     for (int c = 0; c < CHUNK; c += LANES) {
       v_store(b->norm_k + c, v_rsqrt(v_add(v_load(b->norm_k + c), eps)));
-      v_store(b->norm_q + c,
-              v_mul(v_set(scale), v_rsqrt(v_add(v_load(b->norm_q + c), eps))));
+      v_store(b->norm_q + c, v_mul(v_set(scale), v_rsqrt(v_add(v_load(b->norm_q + c), eps))));
     }
   }
 }
@@ -331,7 +331,7 @@ static void decay_factors_anchored(chunk_buffers *b) {
   const int64_t Kp = b->Kp;
   for (int64_t k = 0; k < Kp; k += LANES) {
     const vec m = v_load(b->gates + (CHUNK / 2 - 1) * Kp + k);
-    const vec from_start = v_exp(m);                                            /* e^m */
+    const vec from_start = v_exp(m);                                             /* e^m */
     const vec to_end = v_exp(v_sub(v_load(b->gates + (CHUNK - 1) * Kp + k), m)); /* e^{G_C-m} */
     v_store(b->total_decay + k, v_mul(from_start, to_end));
     for (int64_t c0 = 0; c0 < CHUNK; c0 += LANES) {
@@ -426,8 +426,7 @@ static void read_state(const chunk_buffers *b, const float *panel, int64_t rows)
       for (int n = 0; n < TILE_VECTORS; ++n) acc[m][n] = v_set(0);
     multiply_tile(acc, TILE_VECTORS, b->decayed + r * b->Kp, b->Kp, 1, panel, PANEL, b->Kp);
     for (int m = 0; m < TILE_ROWS; ++m)
-      for (int n = 0; n < TILE_VECTORS; ++n)
-        v_store(b->X + (r + m) * PANEL + n * LANES, acc[m][n]);
+      for (int n = 0; n < TILE_VECTORS; ++n) v_store(b->X + (r + m) * PANEL + n * LANES, acc[m][n]);
   }
 }
 
@@ -498,8 +497,9 @@ static void run_chunk(chunk_buffers *b, const fkda_cpu_job *job, const fkda_span
   }
   if (with_output)
     for (int64_t c = 0; c < tokens; ++c)
-      store_row(p->out.data, p->out.dtype, row_offset(&p->out, span, t + c, job->head) + job->v_begin,
-                b->values + c * b->Vp, b->V);
+      store_row(p->out.data, p->out.dtype,
+                row_offset(&p->out, span, t + c, job->head) + job->v_begin, b->values + c * b->Vp,
+                b->V);
 }
 
 /* ---- one sequence ------------------------------------------------------------------------------- */

@@ -87,9 +87,7 @@ static inline uint16_t fkda_f64_to_f16(double x) { return fkda_f32_to_f16(fkda_f
 static inline void fkda_load_f64(double *to, const void *data, int32_t dtype, int64_t offset,
                                  int64_t n) {
   switch (dtype) {
-    case FKDA_F64:
-      memcpy(to, (const double *)data + offset, (size_t)n * sizeof *to);
-      break;
+    case FKDA_F64: memcpy(to, (const double *)data + offset, (size_t)n * sizeof *to); break;
     case FKDA_F32:
       for (int64_t i = 0; i < n; i++) to[i] = ((const float *)data)[offset + i];
       break;
@@ -100,8 +98,7 @@ static inline void fkda_load_f64(double *to, const void *data, int32_t dtype, in
     case FKDA_F16:
       for (int64_t i = 0; i < n; i++) to[i] = fkda_f16_to_f32(((const uint16_t *)data)[offset + i]);
       break;
-    default:
-      break;
+    default: break;
   }
 }
 
@@ -109,9 +106,7 @@ static inline void fkda_load_f64(double *to, const void *data, int32_t dtype, in
 static inline void fkda_store_f64(void *data, int32_t dtype, int64_t offset, const double *from,
                                   int64_t n) {
   switch (dtype) {
-    case FKDA_F64:
-      memcpy((double *)data + offset, from, (size_t)n * sizeof *from);
-      break;
+    case FKDA_F64: memcpy((double *)data + offset, from, (size_t)n * sizeof *from); break;
     case FKDA_F32:
       for (int64_t i = 0; i < n; i++) ((float *)data)[offset + i] = (float)from[i];
       break;
@@ -121,8 +116,7 @@ static inline void fkda_store_f64(void *data, int32_t dtype, int64_t offset, con
     case FKDA_F16:
       for (int64_t i = 0; i < n; i++) ((uint16_t *)data)[offset + i] = fkda_f64_to_f16(from[i]);
       break;
-    default:
-      break;
+    default: break;
   }
 }
 

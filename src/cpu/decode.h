@@ -8,15 +8,17 @@
 #include "cpu/vector_math.h"
 
 #define MAX_TOKENS FKDA_DECODE_MAX_TOKENS
-#define ROWS_TOGETHER 4   /* value rows in flight: independent sums hide the latency of each */
+#define ROWS_TOGETHER 4 /* value rows in flight: independent sums hide the latency of each */
+#define PREFETCH_ROWS                                                                              \
+  16 /* rows asked for ahead, so that memory works through the second pass too */
 #define COLUMNS_TOGETHER 64 /* value columns of a [K,V] state in flight: 64 KB at K = 256 */
 
 typedef struct decode_tokens {
   int64_t T, K, Kp, V, Vp;
-  float decay[MAX_TOKENS][FKDA_MAX_DIM];      /* exp g */
-  float k[MAX_TOKENS][FKDA_MAX_DIM];          /* (1) */
-  float q[MAX_TOKENS][FKDA_MAX_DIM];          /* (1), times scale */
-  float v[MAX_TOKENS][FKDA_MAX_DIM + 16];     /* value columns of this job */
+  float decay[MAX_TOKENS][FKDA_MAX_DIM];  /* exp g */
+  float k[MAX_TOKENS][FKDA_MAX_DIM];      /* (1) */
+  float q[MAX_TOKENS][FKDA_MAX_DIM];      /* (1), times scale */
+  float v[MAX_TOKENS][FKDA_MAX_DIM + 16]; /* value columns of this job */
   float o[MAX_TOKENS][FKDA_MAX_DIM + 16];
   float beta[MAX_TOKENS < LANES ? LANES : MAX_TOKENS];
 } decode_tokens;
@@ -24,8 +26,8 @@ typedef struct decode_tokens {
 /* Where the state of a sequence comes from and where it goes after each token. */
 typedef struct decode_slots {
   bool load;
-  int64_t from;                /* element offset of the head's state */
-  int64_t to[MAX_TOKENS];      /* the same after each token; -1: not stored */
+  int64_t from;           /* element offset of the head's state */
+  int64_t to[MAX_TOKENS]; /* the same after each token; -1: not stored */
 } decode_slots;
 
 static void normalise(float *row, int64_t padded, bool l2norm, float scale) {
@@ -41,8 +43,7 @@ static void normalise(float *row, int64_t padded, bool l2norm, float scale) {
 INLINE void decay_row(float *row, const float *bias, int64_t padded, fkda_gate gate, vec exp_A,
                       vec lower_bound) {
   for (int64_t i = 0; i < padded; i += LANES)
-    v_store(row + i,
-            v_exp(log_decay(gate, v_load(row + i), v_load(bias + i), exp_A, lower_bound)));
+    v_store(row + i, v_exp(log_decay(gate, v_load(row + i), v_load(bias + i), exp_A, lower_bound)));
 }
 
 static void load_tokens(decode_tokens *x, const fkda_cpu_job *job) {
@@ -115,25 +116,40 @@ static bool find_slots(decode_slots *slots, const fkda_cpu_job *job) {
   return true;
 }
 
-/* ROWS value rows of a [V,K] state from row v on (relative to the job), for every token. */
+/* `rows` value rows of a [V,K] state from row v on (relative to the job), for every token. `direct` is the
+ * pool's dtype if rows can move straight between pool and registers (K a multiple of LANES), so that
+ * the one token of plain decode makes two passes over a row and no more; else FKDA_NONE. */
 INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
-                        int64_t v, int rows) {
+                        int64_t v, int rows, int32_t direct) {
   const fkda_states *from = &job->problem->initial, *to = &job->problem->final;
-  const int64_t row = job->v_begin + v;
+  const int64_t row = job->v_begin + v, size = direct == FKDA_F32 ? 4 : 2;
+  const int64_t ahead = PREFETCH_ROWS * from->stride_row * size; /* bytes */
   float S[ROWS_TOGETHER][FKDA_MAX_DIM];
-  for (int r = 0; r < rows; ++r)
-    if (slots->load)
+  const char *source[ROWS_TOGETHER] = {NULL};
+  char *target[ROWS_TOGETHER] = {NULL};
+  for (int r = 0; r < rows; ++r) {
+    if (!slots->load)
+      memset(S[r], 0, (size_t)x->Kp * sizeof(float));
+    else if (direct)
+      source[r] = element_at(from->data, direct, slots->from + (row + r) * from->stride_row);
+    else
       load_row(S[r], from->data, from->dtype, slots->from + (row + r) * from->stride_row, x->K,
                x->Kp);
-    else
-      memset(S[r], 0, (size_t)x->Kp * sizeof(float));
+  }
   for (int64_t t = 0; t < x->T; ++t) {
+    const bool stored = slots->to[t] >= 0;
+    const bool from_pool = direct && slots->load && t == 0;
+    if (direct && stored)
+      for (int r = 0; r < rows; ++r)
+        target[r] = (char *)element_at(to->data, direct, slots->to[t] + (row + r) * to->stride_row);
     vec sum[ROWS_TOGETHER];
     for (int r = 0; r < rows; ++r) sum[r] = v_set(0);
     for (int64_t k = 0; k < x->Kp; k += LANES) { /* (4), S k of (5) */
       const vec decay = v_load(x->decay[t] + k), key = v_load(x->k[t] + k);
       for (int r = 0; r < rows; ++r) {
-        const vec s = v_mul(v_load(S[r] + k), decay);
+        if (from_pool) __builtin_prefetch(source[r] + k * size + ahead, 1);
+        const vec s =
+            v_mul(from_pool ? load_as(source[r] + k * size, direct) : v_load(S[r] + k), decay);
         v_store(S[r] + k, s);
         sum[r] = v_fma(s, key, sum[r]);
       }
@@ -147,16 +163,25 @@ INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_
       const vec key = v_load(x->k[t] + k), query = v_load(x->q[t] + k);
       for (int r = 0; r < rows; ++r) {
         const vec s = v_fma(u[r], key, v_load(S[r] + k));
-        v_store(S[r] + k, s);
+        if (t + 1 < x->T || !direct) v_store(S[r] + k, s);
+        if (direct && stored) store_as(target[r] + k * size, direct, s);
         sum[r] = v_fma(s, query, sum[r]);
       }
     }
     for (int r = 0; r < rows; ++r) {
       x->o[t][v + r] = v_sum(sum[r]);
-      if (slots->to[t] >= 0)
+      if (!direct && stored)
         store_row(to->data, to->dtype, slots->to[t] + (row + r) * to->stride_row, S[r], x->K);
     }
   }
+}
+
+INLINE void decode_all_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
+                            int32_t direct) {
+  int64_t v = 0;
+  for (; v + ROWS_TOGETHER <= x->V; v += ROWS_TOGETHER)
+    decode_rows(x, job, slots, v, ROWS_TOGETHER, direct);
+  for (; v < x->V; ++v) decode_rows(x, job, slots, v, 1, direct);
 }
 
 /* COLUMNS_TOGETHER or fewer value columns of a [K,V] state from column v on, for every token. */
@@ -204,16 +229,17 @@ static void decode(const fkda_cpu_job *job) {
   if (p->layout == FKDA_STATE_KV) {
     for (int64_t v = 0; v < x.V; v += COLUMNS_TOGETHER)
       decode_columns(&x, job, &slots, v, x.V - v < COLUMNS_TOGETHER ? x.V - v : COLUMNS_TOGETHER);
+  } else if (x.K % LANES != 0) {
+    decode_all_rows(&x, job, &slots, FKDA_NONE);
+  } else if (p->initial.dtype == FKDA_F32) {
+    decode_all_rows(&x, job, &slots, FKDA_F32);
   } else {
-    int64_t v = 0;
-    for (; v + ROWS_TOGETHER <= x.V; v += ROWS_TOGETHER)
-      decode_rows(&x, job, &slots, v, ROWS_TOGETHER);
-    for (; v < x.V; ++v) decode_rows(&x, job, &slots, v, 1);
+    decode_all_rows(&x, job, &slots, FKDA_BF16);
   }
   for (int64_t t = 0; t < x.T; ++t)
-    store_row(p->out.data, p->out.dtype,
-              job->n * p->out.stride_b + t * p->out.stride_t + job->head * p->out.stride_h +
-                  job->v_begin,
-              x.o[t], x.V);
+    store_row(
+        p->out.data, p->out.dtype,
+        job->n * p->out.stride_b + t * p->out.stride_t + job->head * p->out.stride_h + job->v_begin,
+        x.o[t], x.V);
   restore_denormals(mode);
 }

@@ -33,7 +33,7 @@ typedef struct fkda_cpu_job {
 
 typedef struct fkda_cpu_kernels {
   const char *isa;
-  int32_t panel; /* value columns that are worked on together; parts of V start at multiples of it */
+  int32_t panel; /* value columns worked on together; parts of V start at multiples of it */
   size_t (*prefill_scratch)(int64_t K, int64_t V); /* bytes, a multiple of 64 */
   void (*prefill)(const fkda_cpu_job *job, void *scratch);
   void (*decode)(const fkda_cpu_job *job);

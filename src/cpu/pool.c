@@ -52,7 +52,7 @@ static struct {
   int32_t hook_threads;
 } settings;
 static atomic_int_least32_t default_threads; /* cached; 0: not determined yet */
-static atomic_int_least32_t usable_threads;  /* what fkda_pool_threads() answers; 0: not determined */
+static atomic_int_least32_t usable_threads;  /* answer of fkda_pool_threads(); 0: not determined */
 static pthread_once_t fork_handler_once = PTHREAD_ONCE_INIT;
 
 static int32_t find_default_threads(void) {

@@ -8,7 +8,7 @@
 
 #define ISA_NAME "avx2"
 #define LANES 8
-#define TILE_ROWS 4 /* 4 x 2 accumulators of 16 registers: enough for 4 cycles of latency on 2 ports */
+#define TILE_ROWS 4 /* 4 x 2 accumulators of 16 registers: enough for latency 4 on 2 ports */
 #define TILE_VECTORS 2
 
 typedef __m256 vec;

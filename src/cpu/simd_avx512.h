@@ -8,7 +8,8 @@
 
 #define ISA_NAME "avx512"
 #define LANES 16
-#define TILE_ROWS 8 /* 8 x 2 accumulators, 2 loads and 8 broadcasts for 16 FMAs: bound by the FMAs */
+/* 8 x 2 accumulators, 2 loads and 8 broadcasts for 16 FMAs: bound by the FMAs. */
+#define TILE_ROWS 8
 #define TILE_VECTORS 2
 
 typedef __m512 vec;

@@ -15,7 +15,8 @@
 INLINE vec v_exp(vec x) {
   x = v_max(v_set(-88.0f), v_min(v_set(88.0f), x));
   const vec n = v_round(v_mul(x, v_set(1.44269504f)));
-  vec r = v_fnma(n, v_set(0.693145751953125f), x); /* ln2 in two parts: n times the first is exact */
+  /* ln2 in two parts: n times the first is exact */
+  vec r = v_fnma(n, v_set(0.693145751953125f), x);
   r = v_fnma(n, v_set(1.42860677e-6f), r);
   vec p = v_set(1.39411476628e-3f);
   p = v_fma(p, r, v_set(8.36319252024e-3f));
@@ -26,9 +27,7 @@ INLINE vec v_exp(vec x) {
   return v_scale2(v_add(p, v_set(1)), n);
 }
 
-INLINE vec v_sigmoid(vec x) {
-  return v_reciprocal(v_add(v_set(1), v_exp(v_sub(v_set(0), x))));
-}
+INLINE vec v_sigmoid(vec x) { return v_reciprocal(v_add(v_set(1), v_exp(v_sub(v_set(0), x)))); }
 
 /* log(1 + e^x) = max(x, 0) + log1p(e^-|x|); log1p(y) = 2 atanh(s), s = y / (2 + y) in [0, 1/3],
  * 2 atanh(s) = s q(s^2), q minimax of degree 4 (error 8e-9). */

@@ -76,7 +76,7 @@ static bool available(const fkda_backend *self, char *reason, size_t capacity) {
 
 static int32_t split_of(const fkda_problem *p) {
   if (p->op == FKDA_OP_DECODE) return fkda_portable_decode_split(p->N, p->HV, p->V, PROCESSORS);
-  return p->V == 128 && 3 * p->N * p->HV < 2 * PROCESSORS ? 2 : 1;
+  return p->V == 128 && 3 * p->N * p->HV < 2 * (int64_t)PROCESSORS ? 2 : 1;
 }
 
 static bool is_64_or_128(int64_t size) { return size == 64 || size == 128; }
@@ -166,7 +166,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
       .kernel =
           decode ? decode_kernel(p->K, p->layout) : prefill_kernel(p->K, p->V / plan->value_split),
       .blocks = (uint32_t)plan->tasks,
-      .threads = decode ? FKDA_PORTABLE_DECODE_THREADS : FKDA_PORTABLE_PREFILL_THREADS(p->V / plan->value_split),
+      .threads = decode ? FKDA_PORTABLE_DECODE_THREADS
+                        : FKDA_PORTABLE_PREFILL_THREADS(p->V / plan->value_split),
       .params = &params,
       .stream = p->stream,
   };

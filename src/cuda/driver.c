@@ -91,8 +91,7 @@ static bool check_version(void) {
 static bool start(void) {
   const int result = driver.api.init(0);
   switch (result) {
-    case FKDA_CU_SUCCESS:
-      return true;
+    case FKDA_CU_SUCCESS: return true;
     case FKDA_CU_ERROR_NO_DEVICE:
       REFUSE("no CUDA device: the NVIDIA driver sees none (CUDA_VISIBLE_DEVICES hides devices)");
     case FKDA_CU_ERROR_NOT_INITIALIZED: /* the caller's own CUDA, before we were asked */

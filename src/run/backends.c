@@ -9,6 +9,7 @@ extern const fkda_backend fkda_backend_cuda_portable;
 extern const fkda_backend fkda_backend_cpu_avx512, fkda_backend_cpu_avx2, fkda_backend_cpu_neon,
     fkda_backend_cpu_scalar, fkda_backend_reference;
 
+/* clang-format off */
 static const fkda_backend *const backends[] = {
 #if FKDA_WITH_CUDA
     &fkda_backend_cuda_portable,
@@ -22,6 +23,7 @@ static const fkda_backend *const backends[] = {
     &fkda_backend_cpu_scalar,
     &fkda_backend_reference,
 };
+/* clang-format on */
 
 const fkda_backend *fkda_backend_at(int32_t index) {
   const int32_t count = (int32_t)(sizeof backends / sizeof backends[0]);

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT */
 #include "call.h"
 
 #include <errno.h>
@@ -64,17 +65,10 @@ fkda_field fkda_field_of(const char *name) {
 bool fkda_call_init(fkda_call *call, int32_t op) {
   memset(call, 0, sizeof *call);
   switch (op) {
-    case FKDA_OP_PREFILL:
-      call->prefill = FKDA_PREFILL_ARGS_INIT;
-      return true;
-    case FKDA_OP_DECODE:
-      call->decode = FKDA_DECODE_ARGS_INIT;
-      return true;
-    case FKDA_OP_SUMMARY:
-      call->summary = FKDA_SUMMARY_ARGS_INIT;
-      return true;
-    default:
-      return false;
+    case FKDA_OP_PREFILL: call->prefill = FKDA_PREFILL_ARGS_INIT; return true;
+    case FKDA_OP_DECODE: call->decode = FKDA_DECODE_ARGS_INIT; return true;
+    case FKDA_OP_SUMMARY: call->summary = FKDA_SUMMARY_ARGS_INIT; return true;
+    default: return false;
   }
 }
 
@@ -99,12 +93,9 @@ bool fkda_call_has(const fkda_call *call, fkda_field field) {
 
 fkda_status fkda_call_run(const fkda_call *call) {
   switch (call->header.op) {
-    case FKDA_OP_PREFILL:
-      return fkda_prefill(&call->prefill);
-    case FKDA_OP_DECODE:
-      return fkda_decode(&call->decode);
-    default:
-      return fkda_summary(&call->summary);
+    case FKDA_OP_PREFILL: return fkda_prefill(&call->prefill);
+    case FKDA_OP_DECODE: return fkda_decode(&call->decode);
+    default: return fkda_summary(&call->summary);
   }
 }
 
@@ -214,21 +205,11 @@ bool fkda_call_set(fkda_call *call, const char *name, const char *value, char *e
     void *place = (char *)call + offset;
     bool good = false;
     switch (row->kind) {
-      case OPTION_GATE:
-        good = parse_word(value, gate_names, 3, place);
-        break;
-      case OPTION_LAYOUT:
-        good = parse_word(value, layout_names, 2, place);
-        break;
-      case OPTION_BOOL:
-        good = parse_bool(value, place);
-        break;
-      case OPTION_INT64:
-        good = parse_int64(value, place);
-        break;
-      case OPTION_DOUBLE:
-        good = parse_double(value, place);
-        break;
+      case OPTION_GATE: good = parse_word(value, gate_names, 3, place); break;
+      case OPTION_LAYOUT: good = parse_word(value, layout_names, 2, place); break;
+      case OPTION_BOOL: good = parse_bool(value, place); break;
+      case OPTION_INT64: good = parse_int64(value, place); break;
+      case OPTION_DOUBLE: good = parse_double(value, place); break;
     }
     if (!good)
       snprintf(error, capacity, "%s: \"%.40s\", expected %s", name, value, expected[row->kind]);
@@ -246,21 +227,13 @@ const char *fkda_call_option(const fkda_call *call, int index, char *text, size_
   text[0] = 0;
   if (offset == ABSENT) return row->name;
   switch (row->kind) {
-    case OPTION_GATE:
-      snprintf(text, capacity, "%s", gate_names[*(const int32_t *)place]);
-      break;
+    case OPTION_GATE: snprintf(text, capacity, "%s", gate_names[*(const int32_t *)place]); break;
     case OPTION_LAYOUT:
       snprintf(text, capacity, "%s", layout_names[*(const int32_t *)place]);
       break;
-    case OPTION_BOOL:
-      snprintf(text, capacity, "%d", (int)*(const int32_t *)place);
-      break;
-    case OPTION_INT64:
-      snprintf(text, capacity, "%lld", (long long)*(const int64_t *)place);
-      break;
-    case OPTION_DOUBLE:
-      snprintf(text, capacity, "%.17g", *(const double *)place);
-      break;
+    case OPTION_BOOL: snprintf(text, capacity, "%d", (int)*(const int32_t *)place); break;
+    case OPTION_INT64: snprintf(text, capacity, "%lld", (long long)*(const int64_t *)place); break;
+    case OPTION_DOUBLE: snprintf(text, capacity, "%.17g", *(const double *)place); break;
   }
   return row->name;
 }
@@ -341,46 +314,25 @@ static uint16_t store_bf16(double value) {
 
 double fkda_load(const void *data, int32_t dtype, int64_t offset) {
   switch (dtype) {
-    case FKDA_F32:
-      return ((const float *)data)[offset];
-    case FKDA_BF16:
-      return float_of_bits((uint32_t)((const uint16_t *)data)[offset] << 16);
-    case FKDA_F16:
-      return load_f16(((const uint16_t *)data)[offset]);
-    case FKDA_F64:
-      return ((const double *)data)[offset];
-    case FKDA_I32:
-      return ((const int32_t *)data)[offset];
-    case FKDA_I64:
-      return (double)((const int64_t *)data)[offset];
-    default:
-      return ((const uint8_t *)data)[offset];
+    case FKDA_F32: return ((const float *)data)[offset];
+    case FKDA_BF16: return float_of_bits((uint32_t)((const uint16_t *)data)[offset] << 16);
+    case FKDA_F16: return load_f16(((const uint16_t *)data)[offset]);
+    case FKDA_F64: return ((const double *)data)[offset];
+    case FKDA_I32: return ((const int32_t *)data)[offset];
+    case FKDA_I64: return (double)((const int64_t *)data)[offset];
+    default: return ((const uint8_t *)data)[offset];
   }
 }
 
 void fkda_store(void *data, int32_t dtype, int64_t offset, double value) {
   switch (dtype) {
-    case FKDA_F32:
-      ((float *)data)[offset] = (float)value;
-      break;
-    case FKDA_BF16:
-      ((uint16_t *)data)[offset] = store_bf16(value);
-      break;
-    case FKDA_F16:
-      ((uint16_t *)data)[offset] = store_f16(value);
-      break;
-    case FKDA_F64:
-      ((double *)data)[offset] = value;
-      break;
-    case FKDA_I32:
-      ((int32_t *)data)[offset] = (int32_t)value;
-      break;
-    case FKDA_I64:
-      ((int64_t *)data)[offset] = (int64_t)value;
-      break;
-    default:
-      ((uint8_t *)data)[offset] = value != 0;
-      break;
+    case FKDA_F32: ((float *)data)[offset] = (float)value; break;
+    case FKDA_BF16: ((uint16_t *)data)[offset] = store_bf16(value); break;
+    case FKDA_F16: ((uint16_t *)data)[offset] = store_f16(value); break;
+    case FKDA_F64: ((double *)data)[offset] = value; break;
+    case FKDA_I32: ((int32_t *)data)[offset] = (int32_t)value; break;
+    case FKDA_I64: ((int64_t *)data)[offset] = (int64_t)value; break;
+    default: ((uint8_t *)data)[offset] = value != 0; break;
   }
 }
 

@@ -2,6 +2,8 @@
  * tensors and options by name. What the case table, the command line's files and JSON share.
  *
  * Uses the public API only.
+ *
+ * SPDX-License-Identifier: MIT
  */
 #ifndef FKDA_CASES_CALL_H
 #define FKDA_CASES_CALL_H

@@ -1,4 +1,7 @@
-/* The table. Each block names what it covers; numbers refer to the list of cases that must be tested. */
+/* The table. Each block names what it covers; numbers refer to the list of cases that must be tested.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include "cases.h"
 
 #include <math.h>
@@ -34,22 +37,14 @@ const char *fkda_group_text(fkda_case_group group) {
 
 const char *fkda_dtype_short(int32_t dtype) {
   switch (dtype) {
-    case FKDA_F32:
-      return "f32";
-    case FKDA_BF16:
-      return "bf16";
-    case FKDA_F16:
-      return "f16";
-    case FKDA_F64:
-      return "f64";
-    case FKDA_I32:
-      return "i32";
-    case FKDA_I64:
-      return "i64";
-    case FKDA_BOOL:
-      return "bool";
-    default:
-      return "none";
+    case FKDA_F32: return "f32";
+    case FKDA_BF16: return "bf16";
+    case FKDA_F16: return "f16";
+    case FKDA_F64: return "f64";
+    case FKDA_I32: return "i32";
+    case FKDA_I64: return "i64";
+    case FKDA_BOOL: return "bool";
+    default: return "none";
   }
 }
 
@@ -101,6 +96,11 @@ static fkda_case *add(fkda_case_group group, int number, int32_t io, const char 
   c->write_state = true;
   c->nan_field = FKDA_FIELDS;
   return c;
+}
+
+/* K or V of a case that is not about sizes: odd ones in fp32, those that every backend has in bf16. */
+static int64_t size_for(int32_t io, int64_t size) {
+  return io != FKDA_BF16 ? size : size <= 64 ? 64 : 128;
 }
 
 static void direct(fkda_case *c, fkda_dist g) {
@@ -313,8 +313,8 @@ static void option_cases(void) {
               l2norm ? "_l2norm" : "", logit ? "_logit" : "", A ? "_A" : "", bias ? "_bias" : "");
       c->B = 2;
       c->T = 37;
-      c->K = 32;
-      c->V = 48;
+      c->K = size_for(c->io, 32);
+      c->V = size_for(c->io, 48);
       c->gate = (fkda_gate)gate;
       c->l2norm = l2norm;
       c->beta_is_logit = logit;
@@ -446,8 +446,8 @@ static void ragged_cases(void) {
         c->tail = rows[i].tail;
         c->index_dtype = index ? FKDA_I32 : FKDA_I64;
         if (index) c->initial_dtype = FKDA_NONE;
-        c->K = i % 2 ? 64 : 32;
-        c->V = 32;
+        c->K = size_for(c->io, i % 2 ? 64 : 32);
+        c->V = size_for(c->io, i % 3 ? 32 : 96);
         c->numbers[1] = 20;
         c->numbers[2] = 21;
       }
@@ -527,7 +527,7 @@ static void index_cases(void) {
         c->skip_every = variant & 1 ? 3 : 0;
         c->has_initial = variant >= 2;
         c->index_dtype = d ? FKDA_I32 : FKDA_I64;
-        c->K = 32;
+        c->K = size_for(c->io, 32);
         c->V = 64;
         c->layout = variant == 2 ? FKDA_STATE_KV : FKDA_STATE_VK;
         if (slots % 2) {
@@ -568,7 +568,7 @@ static void state_cases(void) {
           c->layout = (fkda_state_layout)layout;
           c->initial_dtype = kinds[i];
           c->final_dtype = kinds[j];
-          c->K = 32;
+          c->K = size_for(c->io, 32);
           c->T = 40;
           c->initial = (fkda_dist){FKDA_DIST_RAMP, 0, 1};
           c->B = 2;
@@ -580,7 +580,7 @@ static void state_cases(void) {
         c->layout = (fkda_state_layout)layout;
         c->initial_dtype = c->final_dtype = kinds[i];
         c->in_place = true;
-        c->V = 96;
+        c->V = size_for(c->io, 96);
         c->T = 40;
         c->B = 3;
       }
@@ -608,7 +608,7 @@ static void checkpoint_cases(void) {
         c->checkpoint_dtype = kind;
         c->checkpoint_slots = slots;
         c->index_dtype = variant % 2 ? FKDA_I32 : FKDA_I64;
-        c->K = 32;
+        c->K = size_for(c->io, 32);
         c->HV = 4;
         c->layout = variant == 1 ? FKDA_STATE_KV : FKDA_STATE_VK;
         if (variant == 2) c->initial_dtype = FKDA_NONE;
@@ -729,7 +729,7 @@ static void nan_cases(void) {
         }
         if (variant == 2) {
           c->HV = 6;
-          c->K = c->V = 32;
+          c->K = c->V = size_for(c->io, 32);
           direct(c, uniform(-2, 0));
         }
       }
@@ -791,7 +791,7 @@ static void decode_cases(void) {
           c->has_initial = pool;
           c->initial = (fkda_dist){FKDA_DIST_RAMP, 0, 1};
           c->K = 64;
-          c->V = 32;
+          c->V = size_for(c->io, 32);
         }
       }
     }

@@ -11,6 +11,8 @@
  * must be written is NaN before the call; inputs, gaps and whatever must stay untouched are compared bit for
  * bit afterwards. The workspace is of exactly the size asked for in every second case, NULL in the
  * others where the device allows it.
+ *
+ * SPDX-License-Identifier: MIT
  */
 #ifndef FKDA_CASES_CASES_H
 #define FKDA_CASES_CASES_H
@@ -176,11 +178,16 @@ const char *fkda_dtype_short(int32_t dtype);
 
 /* ---- memory ----------------------------------------------------------------------------------- */
 
-/* Where tensors live. Host memory today; a GPU's is one more of these. */
+enum { FKDA_MEMORY_GUARD = 512 };
+
+/* Where tensors live. */
 typedef struct fkda_memory {
   int32_t device_type, device_id;
   void *context;
-  bool null_workspace; /* does the device's backends take workspace = NULL? */
+  bool null_workspace; /* do the device's backends take workspace = NULL? */
+  /* Bytes of guard zone on either side of every buffer: FKDA_MEMORY_GUARD; 0 leaves it to a memory checker
+   * to notice what is past the end of an allocation. */
+  size_t guard;
   void *(*alloc)(const struct fkda_memory *memory,
                  size_t size); /* 256-byte aligned; NULL on failure */
   bool (*upload)(const struct fkda_memory *memory, void *device, const void *host, size_t size);
@@ -188,9 +195,17 @@ typedef struct fkda_memory {
   void (*free)(const struct fkda_memory *memory, void *device);
   /* Makes the guard zones trap (address sanitizer) or be plain memory again. May be NULL. */
   void (*protect)(const struct fkda_memory *memory, void *device, size_t size, bool on);
+  /* A stream for the calls of one fixture, NULL for some. May be NULL: there are no streams. */
+  void *(*stream)(const struct fkda_memory *memory, uint64_t seed);
+  /* Waits for all work; false with what went wrong in it. May be NULL: nothing is asynchronous. */
+  bool (*finish)(const struct fkda_memory *memory, char *error, size_t capacity);
 } fkda_memory;
 
 const fkda_memory *fkda_memory_host(void);
+/** The first CUDA device's; NULL with the reason where there is none. */
+const fkda_memory *fkda_memory_cuda(char *error, size_t capacity);
+/** Its name, once there is that memory. */
+const char *fkda_memory_cuda_device(void);
 
 /* ---- running ---------------------------------------------------------------------------------- */
 
@@ -213,8 +228,8 @@ fkda_fixture *fkda_fixture_new(const fkda_case *c, const fkda_memory *memory, ch
                                size_t capacity);
 void fkda_fixture_free(fkda_fixture *fixture);
 /** Runs it on a backend and judges. Gold (the backend "reference" with outputs in double) is made by the
- *  first call and kept. Returns result->verdict == FKDA_PASS. A case whose operation the backend
- *  does not have is skipped. */
+ *  first call and kept. Returns result->verdict == FKDA_PASS. A case that the backend need not be
+ *  able to run, and refuses, is skipped. */
 bool fkda_fixture_run(fkda_fixture *fixture, const char *backend, fkda_result *result);
 /** All of the above at once, in host memory. */
 bool fkda_case_run(const fkda_case *c, const char *backend, fkda_result *result);
@@ -226,7 +241,7 @@ const fkda_call *fkda_fixture_call(const fkda_fixture *fixture);
 const double *fkda_fixture_gold(fkda_fixture *fixture, fkda_field field, char *error,
                                 size_t capacity);
 
-/** Tolerance of a result of dtype `dtype` computed from inputs of dtype `io`. */
+/** Tolerance of a result of dtype `dtype` computed on the CPU from inputs of dtype `io`. */
 double fkda_tolerance(int32_t io, int32_t dtype);
 
 /* ---- random numbers ----------------------------------------------------------------------------- */

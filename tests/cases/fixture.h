@@ -1,12 +1,15 @@
-/* A case with its data: private to generate.c (makes it) and verify.c (runs and judges it). */
+/* A case with its data: private to generate.c (makes it) and verify.c (runs and judges it).
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #ifndef FKDA_CASES_FIXTURE_H
 #define FKDA_CASES_FIXTURE_H
 
 #include "cases.h"
 
-/* Bytes before and after every buffer. Guards and gaps hold POISON bytes, which read as NaN in every
- * floating-point type and as -1 in integers. */
-enum { FKDA_GUARD = 512, FKDA_POISON = 0xFF, FKDA_MAX_BUFFERS = FKDA_FIELDS };
+/* Guards and gaps hold POISON bytes, which read as NaN in every floating-point type and as -1 in
+ * integers. */
+enum { FKDA_POISON = 0xFF, FKDA_MAX_BUFFERS = FKDA_FIELDS };
 
 typedef struct fkda_buffer {
   size_t offset;         /* of the first byte past the leading guard */

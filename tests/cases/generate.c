@@ -1,4 +1,7 @@
-/* From a case to its data: tensors with their strides, index tensors, what a correct call writes. */
+/* From a case to its data: tensors with their strides, index tensors, what a correct call writes.
+ *
+ * SPDX-License-Identifier: MIT
+ */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -45,25 +48,19 @@ static int64_t random_below(fkda_random *random, int64_t bound) {
 static double draw(fkda_random *random, fkda_dist dist, int64_t token, int64_t inner, int64_t size,
                    const double *repeated) {
   switch (dist.kind) {
-    case FKDA_DIST_UNIFORM:
-      return dist.a + (dist.b - dist.a) * fkda_random_uniform(random);
-    case FKDA_DIST_CONSTANT:
-      return dist.a;
-    case FKDA_DIST_EITHER:
-      return fkda_random_bits(random) >> 63 ? dist.a : dist.b;
+    case FKDA_DIST_UNIFORM: return dist.a + (dist.b - dist.a) * fkda_random_uniform(random);
+    case FKDA_DIST_CONSTANT: return dist.a;
+    case FKDA_DIST_EITHER: return fkda_random_bits(random) >> 63 ? dist.a : dist.b;
     case FKDA_DIST_REPEAT:
-    case FKDA_DIST_TILE16:
-      return repeated ? *repeated : dist.b * fkda_random_normal(random);
+    case FKDA_DIST_TILE16: return repeated ? *repeated : dist.b * fkda_random_normal(random);
     case FKDA_DIST_RAMP:
       return dist.b * fkda_random_normal(random) * (0.1 + 2 * (double)inner / (double)size);
     case FKDA_DIST_SPARSE: {
       const double x = dist.b * fkda_random_normal(random);
       return token % 3 == 2 ? 0 : x;
     }
-    case FKDA_DIST_SWITCH:
-      return token / 5 % 2 ? dist.b : dist.a;
-    default:
-      return dist.a + dist.b * fkda_random_normal(random);
+    case FKDA_DIST_SWITCH: return token / 5 % 2 ? dist.b : dist.a;
+    default: return dist.a + dist.b * fkda_random_normal(random);
   }
 }
 
@@ -130,12 +127,14 @@ fkda_tensor fkda_fixture_view(const fkda_fixture *f, fkda_field field, unsigned 
 /* A new buffer of `extent` bytes, `shift` bytes off its alignment; -1 on failure. */
 static int new_buffer(fkda_fixture *f, size_t extent, size_t shift) {
   fkda_buffer *buffer = &f->buffers[f->buffer_count];
-  buffer->offset = FKDA_GUARD + shift;
+  const size_t guard = f->memory->guard;
+  buffer->offset = guard + shift;
   buffer->extent = extent;
-  buffer->bytes = (buffer->offset + extent + FKDA_GUARD + 63) / 64 * 64;
-  buffer->before = aligned_alloc(64, buffer->bytes);
-  buffer->after = aligned_alloc(64, buffer->bytes);
-  buffer->base = aligned_alloc(64, buffer->bytes);
+  const size_t rounded = (buffer->offset + extent + guard + 63) / 64 * 64;
+  buffer->bytes = guard ? rounded : buffer->offset + extent;
+  buffer->before = aligned_alloc(64, rounded + 64); /* never 0 bytes */
+  buffer->after = aligned_alloc(64, rounded + 64);
+  buffer->base = aligned_alloc(64, rounded + 64);
   buffer->device = f->memory->alloc(f->memory, buffer->bytes);
   f->buffer_count++; /* counted even if incomplete: fkda_fixture_free releases what is there */
   if (!buffer->before || !buffer->after || !buffer->base || !buffer->device) return -1;
@@ -309,17 +308,13 @@ static void plan_pools(const fkda_case *c, int64_t N, int64_t M, slot_plan *s) {
       s->final_slots = N + 5;
       return;
     case FKDA_SLOTS_APART:
-    case FKDA_SLOTS_2D_APART:
-      s->initial_slots = 2 * N * M + 3;
-      break;
+    case FKDA_SLOTS_2D_APART: s->initial_slots = 2 * N * M + 3; break;
     case FKDA_SLOTS_ONE_TENSOR:
     case FKDA_SLOTS_2D_ONE_TENSOR:
       s->initial_slots = N * M + 3;
       s->final_tensor = false;
       break;
-    default:
-      s->initial_slots = N * M + 3;
-      break;
+    default: s->initial_slots = N * M + 3; break;
   }
   s->one_pool = true;
   s->final_slots = s->initial_slots;
@@ -376,7 +371,9 @@ static bool plan_slots(fkda_fixture *f, fkda_random *random, const int64_t *acce
     const int64_t *ends = s->final_tensor || !s->initial_tensor || c->op != FKDA_OP_DECODE
                               ? s->final_index
                               : s->initial_index; /* one tensor serves both */
-    f->skipped[n] = start == -1 || (!s->columns && ends[n] == -1);
+    /* Where slots out of range are no error, they skip the sequence like -1. */
+    f->skipped[n] = start < 0 || start >= s->initial_slots ||
+                    (!s->columns && (ends[n] < 0 || ends[n] >= s->final_slots));
     s->starts[n] = f->skipped[n] ? -1 : start;
     for (int64_t t = 0; t < M; t++) s->ends[n * M + t] = f->skipped[n] ? -1 : ends[n * M + t];
   }
@@ -429,7 +426,7 @@ static bool place_prefill_states(fkda_fixture *f, fkda_random *random) {
   const int64_t N = fkda_case_sequences(c);
   slot_plan s = {0};
   bool good = false;
-  int64_t *accepted = malloc((size_t)(N + 1) * sizeof *accepted);
+  int64_t *accepted = calloc((size_t)(N + 1), sizeof *accepted);
   for (int64_t n = 0; accepted && n < N; n++) accepted[n] = 1;
   if (!accepted || !plan_slots(f, random, accepted, &s)) goto done;
   if (c->initial_dtype) {
@@ -466,7 +463,7 @@ static bool place_decode_states(fkda_fixture *f, fkda_random *random) {
                    c->slots == FKDA_SLOTS_2D_ONE_TENSOR;
   slot_plan s = {.columns = two ? c->M : 0};
   bool good = false;
-  int64_t *accepted = malloc((size_t)(N + 1) * sizeof *accepted);
+  int64_t *accepted = calloc((size_t)(N + 1), sizeof *accepted);
   if (!accepted) return false;
   for (int64_t n = 0; n < N; n++) {
     accepted[n] = two && c->slots != FKDA_SLOTS_2D_ONE_TENSOR ? 1 + random_below(random, c->M) : 1;
@@ -607,6 +604,7 @@ static void set_options(fkda_fixture *f) {
   }
   f->device.header.device_type = f->memory->device_type;
   f->device.header.device_id = f->memory->device_id;
+  if (f->memory->stream) f->device.header.stream = f->memory->stream(f->memory, c->seed);
 }
 
 static bool place_parameters(fkda_fixture *f) {

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT */
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,6 +48,7 @@ const fkda_memory *fkda_memory_host(void) {
   static const fkda_memory host = {
       .device_type = FKDA_DEVICE_CPU,
       .null_workspace = true,
+      .guard = FKDA_MEMORY_GUARD,
       .alloc = host_alloc,
       .upload = host_copy,
       .download = host_copy,

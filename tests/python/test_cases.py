@@ -124,7 +124,7 @@ def tolerance(*dtypes):
     return max(own.get(np.dtype(d).name, 2e-5) for d in dtypes)
 
 
-def judge(name, before, result, gold, io):
+def judge(name, before, result, gold, io, limit=None):
     """RMS(result - gold) / RMS(gold) over what the call writes; the rest must be as it was."""
     x, start = result.astype(np.float64), before.astype(np.float64)
     same = np.array_equal
@@ -137,7 +137,8 @@ def judge(name, before, result, gold, io):
     x, gold = x[finite], gold[finite]
     power, difference = float((gold**2).sum()), float(((x - gold) ** 2).sum())
     error = math.sqrt(difference / power if power > 0 else difference)
-    assert error <= tolerance(io, result.dtype), f"{name}: error {error:.2e}"
+    limit = limit or tolerance(io, result.dtype)
+    assert error <= limit, f"{name}: error {error:.2e}, at most {limit:.2e}"
 
 
 @pytest.mark.skipif(not TOOL, reason="set FLASHKDA_TOOL to the command line `flashkda`")

@@ -230,8 +230,7 @@ static void store_checkpoints(const job *j, int64_t n, int64_t t, int64_t length
   const fkda_problem *p = j->p;
   const fkda_checkpoints *c = &p->checkpoints;
   switch (c->mode) {
-    case FKDA_CHECKPOINT_NONE:
-      break;
+    case FKDA_CHECKPOINT_NONE: break;
     case FKDA_CHECKPOINT_OFFSETS:
       for (int64_t i = 0; i < c->per_sequence; i++) {
         if (fkda_index_of(&c->offsets, n, i) == t) {

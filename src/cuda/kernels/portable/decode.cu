@@ -44,7 +44,7 @@ struct tokens {
   alignas(16) float v[TOKENS][MAX_PART];
   float beta[TOKENS]; /* (3) */
   float kq[TOKENS];   /* k . q */
-  int64_t to[TOKENS]; /* element of the pool where the head's state goes after the token; -1: nowhere */
+  int64_t to[TOKENS]; /* where the head's state goes after the token (element); -1: nowhere */
 };
 
 /* KV only: each warp's share of S k and S q, alternating between tokens so that one barrier is enough. */
@@ -56,8 +56,8 @@ struct partial_sums {
 template <int K>
 struct shared_memory {
   tokens<K> x;
-  union { /* the sums are written after a barrier that follows the last look at what has landed */
-    alignas(16) float4 landing[K * MAX_PART / 4]; /* where the state arrives, each thread in its own */
+  union { /* a barrier lies between the last look at what has landed and the first sum */
+    alignas(16) float4 landing[K * MAX_PART / 4]; /* where the state arrives */
     partial_sums sums;
   };
 };
@@ -425,20 +425,21 @@ INLINE bool begin(held<LINES, QUADS> &S, shared_memory<K> &shared,
                   const fkda_portable_params &params, const place &at, const lines &mine) {
   const fkda_problem &p = params.problem;
   const int warp = threadIdx.x / 32, T = (int)p.T;
-  /* The votes only tell the compiler that a warp's threads agree. */
   const raw_slots raw = fetch_slots(p, at.n);
   const bool one_dimensional = p.final_indices.columns == 0;
   const int64_t initial = slot_of(p, p.initial_indices, raw.initial);
   const int64_t final = slot_of(p, p.final_indices, raw.final);
   const bool skip = !raw.valid || initial < 0 || (one_dimensional && final < 0);
-  if (__any_sync(WARP, skip)) return false;
+  if (__any_sync(WARP, skip))
+    return false; /* votes tell the compiler that a warp's threads agree */
 
   const bool load = __any_sync(WARP, raw.has_initial != 0), aligned = params.aligned_state != 0;
   const int64_t from = initial * p.initial.stride_slot + at.head * p.initial.stride_head;
   if (load && aligned) send_state<LINES, QUADS>(shared.landing, p.initial, from, mine);
 
   if (threadIdx.x < TOKENS) {
-    const bool stored = p.final.data && final >= 0 && (!one_dimensional || (int)threadIdx.x == T - 1);
+    const bool stored =
+        p.final.data && final >= 0 && (!one_dimensional || (int)threadIdx.x == T - 1);
     shared.x.to[threadIdx.x] =
         stored ? final * p.final.stride_slot + at.head * p.final.stride_head : -1;
   }
@@ -473,8 +474,8 @@ INLINE void end_token(const held<LINES, QUADS> &S, const fkda_portable_params &p
 
 /* ---- [V,K] states ----------------------------------------------------------------------------- */
 
-/* Sums each of x[0..ROWS) over the 16 lanes of a half-warp, halving the rows with the lanes (15 shuffles
- * for 16 rows instead of 64). Lane l has the sum of row (l % 16) / (16 / ROWS). */
+/* Sums each of x[0..ROWS) over the 16 lanes of a half-warp, halving the rows with the lanes: 8 shuffles
+ * for 8 rows instead of 32. Lane l has the sum of row (l % 16) / (16 / ROWS). */
 template <int ROWS>
 INLINE float sum_rows(float (&x)[ROWS]) {
   int mask = 8;
@@ -533,7 +534,7 @@ INLINE void decode_vk(const fkda_portable_params &params, shared_memory<K> &shar
       }
     }
     const float Sk = sum_rows(sk), Sq = sum_rows(sq);
-    const float u = x.beta[t] * (x.v[t][row] - Sk); /* (5) */
+    const float u = x.beta[t] * (x.v[t][row] - Sk);                              /* (5) */
     if (lane % LANES_A_ROW == 0) store_out(p, at, t, row, fmaf(u, x.kq[t], Sq)); /* (7) */
 
     const int64_t to = x.to[t];
@@ -629,7 +630,8 @@ INLINE void decode_kv(const fkda_portable_params &params, shared_memory<K> &shar
     for (int e = 0; e < 4; ++e) u[e] = x.beta[t] * (v[e] - Sk[e]); /* (5) */
     if (threadIdx.x < GROUP) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) store_out(p, at, t, column + e, fmaf(u[e], x.kq[t], Sq[e])); /* (7) */
+      for (int e = 0; e < 4; ++e)
+        store_out(p, at, t, column + e, fmaf(u[e], x.kq[t], Sq[e])); /* (7) */
     }
 
     const int64_t to = x.to[t];
@@ -653,14 +655,14 @@ INLINE void decode_kv(const fkda_portable_params &params, shared_memory<K> &shar
 
 /* One for each row of FKDA_PORTABLE_DECODE_LIST. The part, 32 or 64 columns, is a branch and not an entry
  * of its own: parts of 32 are for batches too small to fill the processors' registers. */
-#define ENTRY(layout, K)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)                       \
-      fkda_portable_decode_##layout##_k##K(const __grid_constant__ fkda_portable_params params) { \
-    __shared__ shared_memory<K> shared;                                                      \
-    if (params.problem.V == 32 * params.value_split)                                         \
-      decode_##layout<K, 32>(params, shared);                                                \
-    else                                                                                     \
-      decode_##layout<K, 64>(params, shared);                                                \
+#define ENTRY(layout, K)                                                                           \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)                             \
+      fkda_portable_decode_##layout##_k##K(const __grid_constant__ fkda_portable_params params) {  \
+    __shared__ shared_memory<K> shared;                                                            \
+    if (params.problem.V == 32 * params.value_split)                                               \
+      decode_##layout<K, 32>(params, shared);                                                      \
+    else                                                                                           \
+      decode_##layout<K, 64>(params, shared);                                                      \
   }
 
 FKDA_PORTABLE_DECODE_LIST(ENTRY)

@@ -18,7 +18,8 @@ typedef struct fkda_portable_params {
 /* Grids are one-dimensional: block = (n * HV + head) * value_split + part. */
 
 #define FKDA_PORTABLE_CHUNK 16 /* tokens a chunk */
-#define FKDA_PORTABLE_PREFILL_THREADS(part) (256 + 2 * (part)) /* 8 factor warps, part / 16 state warps */
+/* 8 factor warps, part / 16 state warps. */
+#define FKDA_PORTABLE_PREFILL_THREADS(part) (256 + 2 * (part))
 #define FKDA_PORTABLE_DECODE_THREADS 128 /* shared memory is static */
 
 /* X(K, part): K channels, `part` value columns a block. The entry point is
@@ -39,9 +40,8 @@ FKDA_HOST_DEVICE static inline int32_t fkda_portable_decode_split(int64_t N, int
 
 /* Dynamic shared memory of a prefill block in bytes: sizeof(Shared<K, part>) of prefill.cu, which
  * asserts it. The task, two groups of factor warps, v. sm_86, 89 and 120 lend a block 99 KB. */
-#define FKDA_PORTABLE_PREFILL_SHARED(K, part)                                          \
-  (64 +                                                                                \
-   2 * ((6 * 16 * (K) + 3 * 512 + 8 * (K) + 192) + 16 * (K) * (4 + 2 + 2 + 2) + 2304) + \
+#define FKDA_PORTABLE_PREFILL_SHARED(K, part)                                                      \
+  (96 + 2 * ((6 * 16 * (K) + 3 * 512 + 8 * (K) + 192) + 16 * (K) * (4 + 2 + 2 + 2) + 2304) +       \
    FKDA_PORTABLE_V_STAGES * 2 * 24 * (part))
 
 #endif

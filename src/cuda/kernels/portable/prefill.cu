@@ -4,7 +4,7 @@
  *
  *   factor warps      two groups of four on alternate chunks of 16 tokens: gates (2), running sums against the
  *                     anchor in the chunk's middle, decayed operands (8), the triangles A and P (9), and
- *                     T = (I + A)^-1 by forward substitution in f32
+ *                     T = (I + A)^-1 by forward substitution in f32, its warps in turn
  *   state warps       own 16 value rows of S each, in f32 accumulators for the whole sequence, transposed so
  *                     that value rows are the M dimension: X = S [K~ Q~]^T, U (10), O (11), S (12)
  *
@@ -56,6 +56,7 @@ __device__ __forceinline__ int at(int row, int column) {
   const int piece = (column >> 3) ^ (row & 7) ^ ((row >> 3) << 2);
   return row * K + (piece << 3) + (column & 7);
 }
+/* So at(row, column + k) = at(row, column) ^ k for k a multiple of 16 and column < 16. */
 
 template <int K>
 struct Factors { /* what passes from factor to state warps */
@@ -73,11 +74,13 @@ struct Factors { /* what passes from factor to state warps */
 };
 
 /* What the block works on. It lies in shared memory: a dozen 64-bit values that are rarely needed. */
-struct Task {
+struct alignas(16) Task {
   int64_t n, b, begin;
   int64_t initial_slot, final_slot;
   int32_t length, chunks;         /* tokens; chunks of 16 of them */
   int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
+  const __nv_bfloat16 *v;         /* the block's first value column of token 0 */
+  __nv_bfloat16 *out;
   bool skip, load_initial;
 };
 
@@ -97,7 +100,8 @@ struct Group {
 template <int K, int VP>
 struct Shared {
   static constexpr int STATE_WARPS = VP / 16;
-  static constexpr int THREADS = GROUPS * GROUP_THREADS + 32 * STATE_WARPS;
+  static constexpr int STATES = GROUPS * GROUP_THREADS; /* first thread of the state warps */
+  static constexpr int THREADS = STATES + 32 * STATE_WARPS;
   static constexpr int HANDOVER = GROUP_THREADS + 32 * STATE_WARPS; /* threads of FULL and EMPTY */
   static constexpr int V_PITCH = 16 + 8; /* one 16-byte piece more: conflict-free ldmatrix */
   Task task;
@@ -183,11 +187,29 @@ __device__ __forceinline__ bool group_sync_or(int group, bool mine) {
   return any != 0;
 }
 
+/* The lane, opaque: what is computed from it is made anew where it is needed. The compiler otherwise moves
+ * every address out of the chunk loop and spills them. */
+__device__ __forceinline__ int fresh_warp() {
+  int warp = threadIdx.x / 32;
+  asm volatile("" : "+r"(warp));
+  return warp;
+}
+__device__ __forceinline__ int fresh_lane() {
+  int lane = threadIdx.x & 31;
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
 /* ---- the block's task ----------------------------------------------------------------------------- */
 
 
 __device__ __forceinline__ int64_t clamp64(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
+}
+
+/* First element of a tensor's row for the sequence's token 0. */
+__device__ __forceinline__ int64_t first_row(const fkda_rows &rows, const Task &task, int head) {
+  return task.b * rows.stride_b + task.begin * rows.stride_t + head * rows.stride_h;
 }
 
 __device__ Task find_task(const fkda_portable_params &params, int VP) {
@@ -214,6 +236,8 @@ __device__ Task find_task(const fkda_portable_params &params, int VP) {
   task.final_slot = fkda_index_of(&p.final_indices, task.n, 0);
   task.skip = (p.initial.data && (task.initial_slot < 0 || task.initial_slot >= p.initial.slots)) ||
               (p.final.data && (task.final_slot < 0 || task.final_slot >= p.final.slots));
+  task.v = static_cast<const bf16 *>(p.v.data) + first_row(p.v, task, task.head) + task.v_begin;
+  task.out = static_cast<bf16 *>(p.out.data) + first_row(p.out, task, task.head) + task.v_begin;
   task.load_initial =
       p.initial.data &&
       (!p.has_initial.data ||
@@ -221,17 +245,12 @@ __device__ Task find_task(const fkda_portable_params &params, int VP) {
   return task;
 }
 
-/* First element of a tensor's row for the sequence's token 0. */
-__device__ __forceinline__ int64_t first_row(const fkda_rows &rows, const Task &task, int head) {
-  return task.b * rows.stride_b + task.begin * rows.stride_t + head * rows.stride_h;
-}
-
 /* A warp copies 16 rows of COLUMNS columns to shared memory, rows from `tokens` on as zeros; `from` is the
  * first element, place(row, column) an element's address there. Asynchronous where `aligned`. */
 template <int COLUMNS, class Element, class Place>
 __device__ __forceinline__ void copy_rows(const Element *from, int64_t stride, int tokens,
                                           bool aligned, Place place) {
-  const int lane = threadIdx.x & 31;
+  const int lane = fresh_lane();
   constexpr int PIECE = 16 / sizeof(Element), PIECES = COLUMNS / PIECE, ROWS = 32 / PIECES;
   if (aligned) {
     const int column = lane % PIECES * PIECE;
@@ -262,7 +281,7 @@ struct FactorThread {
   __device__ FactorThread() {
     group = threadIdx.x / GROUP_THREADS;
     warp = threadIdx.x / 32 % GROUP_WARPS;
-    lane = threadIdx.x & 31;
+    lane = fresh_lane();
     pair = warp * 16 + (lane & 15);
     half = lane >> 4;
   }
@@ -290,13 +309,14 @@ template <int K>
 __device__ __forceinline__ void multiply_triangle(float (&acc)[4], const bf16 *rows,
                                                   const bf16 *columns, int warp, int lane) {
   float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-  const int column_row = (warp & 1) * 8 + (lane & 7);
+  const int a_at = at<K>(lane & 15, (lane >> 4) * 8);
+  const int b_at = at<K>((warp & 1) * 8 + (lane & 7), (lane >> 3 & 1) * 8) ^ (lane >> 4 << 4);
 #pragma unroll
   for (int k = 0; k < K; k += 32) {
     uint32_t a0[4], a1[4], b[4];
-    load_matrices(b, columns + at<K>(column_row, k + (lane >> 3) * 8));
-    load_matrices(a0, rows + at<K>(lane & 15, k + (lane >> 4) * 8));
-    load_matrices(a1, rows + at<K>(lane & 15, k + 16 + (lane >> 4) * 8));
+    load_matrices(b, columns + (b_at ^ k));
+    load_matrices(a0, rows + (a_at ^ k));
+    load_matrices(a1, rows + (a_at ^ (k + 16)));
     mma(even, a0, b[0], b[1]);
     mma(odd, a1, b[2], b[3]);
   }
@@ -479,16 +499,56 @@ __device__ __forceinline__ void apply_gate(float (&g)[16], const Gate &gate0, co
   }
 }
 
+/* ---- the solver: one warp of a group, in turn --------------------------------------------------------
+ *
+ * Tried: a solver warp of its own for each group. With eight state warps 18 warps leave 96 registers a
+ * thread (spills); with four, T 8192 took 0.829 ms instead of 0.835 at H 12 and 1.07 instead of 0.85 at H 64. */
+
+/* beta of token lane, (3); 0 beyond the sequence. */
+__device__ __forceinline__ float load_beta(const fkda_problem &p, const Task &task, int chunk,
+                                           int lane) {
+  const int t = chunk * CHUNK + lane;
+  if (lane >= CHUNK || t >= task.length) return 0;
+  const float beta = load_float(p.beta.data, p.beta.dtype,
+                                first_row(p.beta, task, task.head) + t * p.beta.stride_t);
+  return p.beta_is_logit ? (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta) : beta;
+}
+
+/* Norms (1) from the sums of squares, then T. */
+template <int K>
+__device__ __forceinline__ void solve(const fkda_problem &p, Group<K> &shared, int turn, int lane,
+                                      float beta) {
+  Factors<K> &to = shared.factors;
+  if (lane < CHUNK) {
+    const float scale = (float)p.scale;
+    float norm_k = 1, norm_q = scale;
+    if (p.l2norm) {
+      float k_sum = 0, q_sum = 0;
+#pragma unroll
+      for (int w = 0; w < K / 32; ++w) {
+        k_sum += shared.squares[turn & 1][0][w][lane];
+        q_sum += shared.squares[turn & 1][1][w][lane];
+      }
+      norm_k = rsqrtf(k_sum + (float)FKDA_L2NORM_EPS);
+      norm_q = scale * rsqrtf(q_sum + (float)FKDA_L2NORM_EPS);
+    }
+    to.norm_k[lane] = norm_k;
+    to.norm_q[lane] = norm_q;
+    to.beta[lane] = beta;
+  }
+  __syncwarp();
+  invert<K>(shared, lane);
+}
+
 template <int K, int VP>
 __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
                                  const Task &task) {
   constexpr int HANDOVER = Shared<K, VP>::HANDOVER;
   const fkda_problem &p = params.problem;
-  const FactorThread<K> me;
+  FactorThread<K> me;
   Group<K> &shared = block.groups[me.group];
   Factors<K> &to = shared.factors;
   const int first_column = me.warp * 32; /* a warp has 32 */
-  const int chunks = task.chunks;
 
   const bool g_is_f32 = p.g.dtype == FKDA_F32;
   const int g_size = g_is_f32 ? 4 : 2;
@@ -500,7 +560,6 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
                   first_column + t0 * p.k.stride_t;
   const char *g_raw = static_cast<const char *>(p.g.data) +
                       (first_row(p.g, task, task.head) + first_column + t0 * p.g.stride_t) * g_size;
-  const int64_t beta_row = first_row(p.beta, task, task.head);
   const float exp_A =
       p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
   float bias0 = 0, bias1 = 0;
@@ -511,7 +570,8 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
   const Gate gate0(p, p.gate, exp_A, bias0), gate1(p, p.gate, exp_A, bias1);
 
   const auto load = [&](int chunk) {
-    if (chunk < chunks && me.active()) {
+    if (chunk < task.chunks && me.active()) {
+      const int first_column = fresh_warp() % GROUP_WARPS * 32;
       const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
       copy_rows<32>(q, p.q.stride_t, tokens, params.aligned_q,
                     [&](int r, int c) { return &shared.q[at<K>(r, first_column + c)]; });
@@ -535,14 +595,12 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 
   load(me.group);
 #pragma unroll 1
-  for (int chunk = me.group; chunk < chunks; chunk += GROUPS) {
+  for (int chunk = me.group; chunk < task.chunks; chunk += GROUPS) {
+    me = FactorThread<K>();
     const int turn = chunk / GROUPS;
     const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
     const bool solver = me.warp == turn % GROUP_WARPS; /* of (I + A)^-1: the warps take turns */
-    float beta = 0;
-    if (solver && me.lane < tokens)
-      beta = load_float(p.beta.data, p.beta.dtype,
-                        beta_row + (int64_t)(chunk * CHUNK + me.lane) * p.beta.stride_t);
+    const float beta = solver ? load_beta(p, task, chunk, me.lane) : 0;
     cute::cp_async_wait<0>();
     __syncwarp();
     float g[16];
@@ -577,24 +635,30 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
     float sum0 = 0, sum1 = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum0 += g[2 * i], sum1 += g[2 * i + 1];
-    if (turn) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
     bool by_levels = false;
     if (p.gate != FKDA_GATE_BOUNDED) /* a bounded gate's half chunk is at least -40 */
       by_levels = group_sync_or(me.group, me.active() && !(-sum0 <= ANCHOR_RANGE && -sum1 <= ANCHOR_RANGE));
 
+    if (by_levels && me.active()) /* the raw gates have been read by everyone: their place holds g now */
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        *reinterpret_cast<float2 *>(&shared.g[(me.half * 8 + i) * K + 2 * me.pair]) =
+            make_float2(g[2 * i], g[2 * i + 1]);
+
+    /* Everything that the state warps will read is made before the buffer is asked for: the shorter the
+     * way from empty to full, the less they wait. */
     float k_squares[8], q_squares[8];
-    float triangle[4];
+    uint32_t k_new[8], q_new[8], k_end[8], k_inverse[8];
+    float2 to_anchor, to_end;
     if (me.active()) {
       /* The anchor m is the sum over half 0; R = G_C - m the sum over half 1. */
       const float other0 = __shfl_xor_sync(0xffffffffu, sum0, 16);
       const float other1 = __shfl_xor_sync(0xffffffffu, sum1, 16);
       const float end0 = exp2_approx(me.half ? sum0 : other0);
       const float end1 = exp2_approx(me.half ? sum1 : other1);
-      if (me.half == 0 && !by_levels) {
-        *reinterpret_cast<float2 *>(&to.to_anchor[2 * me.pair]) =
-            make_float2(exp2_approx(sum0), exp2_approx(sum1));
-        *reinterpret_cast<float2 *>(&to.to_end[2 * me.pair]) = make_float2(end0, end1);
-      }
+      to_anchor = make_float2(exp2_approx(me.half ? other0 : sum0),
+                              exp2_approx(me.half ? other1 : sum1));
+      to_end = make_float2(end0, end1);
       /* D = G - m: behind the anchor a sum from it on; before it, minus the sum up to it. */
       float D0 = me.half ? 0 : -sum0, D1 = me.half ? 0 : -sum1;
 #pragma unroll
@@ -607,14 +671,12 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
         const float k0 = low_of(k2), k1 = high_of(k2), q0 = low_of(q2), q1 = high_of(q2);
         k_squares[i] = fmaf(k0, k0, k1 * k1);
         q_squares[i] = fmaf(q0, q0, q1 * q1);
-        if (!by_levels) {
-          const float e0 = exp2_approx(D0), e1 = exp2_approx(D1);
-          const float inverse0 = k0 * exp2_approx(-D0), inverse1 = k1 * exp2_approx(-D1);
-          *reinterpret_cast<uint32_t *>(&to.k[place]) = pack(k0 * e0, k1 * e1);
-          *reinterpret_cast<uint32_t *>(&to.q[place]) = pack(q0 * e0, q1 * e1);
-          *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = pack(inverse0, inverse1);
-          *reinterpret_cast<uint32_t *>(&to.k_end[place]) = pack(inverse0 * end0, inverse1 * end1);
-        }
+        const float e0 = exp2_approx(D0), e1 = exp2_approx(D1);
+        const float inverse0 = k0 * exp2_approx(-D0), inverse1 = k1 * exp2_approx(-D1);
+        k_new[i] = pack(k0 * e0, k1 * e1);
+        q_new[i] = pack(q0 * e0, q1 * e1);
+        k_end[i] = pack(inverse0 * end0, inverse1 * end1);
+        k_inverse[i] = pack(inverse0, inverse1);
       }
       if (p.l2norm) {
         const float k_sum = sum_rows(k_squares, me.lane), q_sum = sum_rows(q_squares, me.lane);
@@ -625,20 +687,30 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
         }
       }
     }
+    if (turn) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
+    float triangle[4];
     if (by_levels) {
-      if (me.active()) /* the raw gates have been read by everyone: their place holds g now */
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          *reinterpret_cast<float2 *>(&shared.g[(me.half * 8 + i) * K + 2 * me.pair]) =
-              make_float2(g[2 * i], g[2 * i + 1]);
       const float4 all = factors_by_levels<K>(shared);
       triangle[0] = all.x, triangle[1] = all.y, triangle[2] = all.z, triangle[3] = all.w;
       group_sync(me.group);
       load(chunk + GROUPS);
     } else {
-      __syncwarp(); /* the warp's raw rows have been read: the next ones may come */
-      load(chunk + GROUPS);
+      if (me.active()) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int place = at<K>(me.half * 8 + i, 2 * me.pair);
+          *reinterpret_cast<uint32_t *>(&to.k[place]) = k_new[i];
+          *reinterpret_cast<uint32_t *>(&to.q[place]) = q_new[i];
+          *reinterpret_cast<uint32_t *>(&to.k_end[place]) = k_end[i];
+          *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = k_inverse[i];
+        }
+        if (me.half == 0) {
+          *reinterpret_cast<float2 *>(&to.to_anchor[2 * me.pair]) = to_anchor;
+          *reinterpret_cast<float2 *>(&to.to_end[2 * me.pair]) = to_end;
+        }
+      }
       group_sync(me.group);
+      load(chunk + GROUPS); /* the raw rows have been read */
       multiply_triangle<K>(triangle, me.warp < 2 ? to.k : to.q, shared.k_inverse, me.warp, me.lane);
     }
 
@@ -658,32 +730,11 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
       }
     }
     group_sync(me.group);
-    if (solver) {
-      if (me.lane < CHUNK) {
-        float k_sum = 0, q_sum = 0;
-        const float scale = (float)p.scale;
-        float norm_k = 1, norm_q = scale;
-        if (p.l2norm) { /* (1) */
-#pragma unroll
-          for (int w = 0; w < K / 32; ++w) {
-            k_sum += shared.squares[turn & 1][0][w][me.lane];
-            q_sum += shared.squares[turn & 1][1][w][me.lane];
-          }
-          norm_k = rsqrtf(k_sum + (float)FKDA_L2NORM_EPS);
-          norm_q = scale * rsqrtf(q_sum + (float)FKDA_L2NORM_EPS);
-        }
-        if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta); /* (3) */
-        to.norm_k[me.lane] = norm_k;
-        to.norm_q[me.lane] = norm_q;
-        to.beta[me.lane] = me.lane < tokens ? beta : 0;
-      }
-      __syncwarp();
-      invert<K>(shared, me.lane);
-    }
+    if (solver) solve<K>(p, shared, turn, me.lane, beta);
     cutlass::arch::NamedBarrier::arrive(HANDOVER, FULL + me.group);
   }
   /* Leave no arrival behind: the state warps arrive at EMPTY once for every chunk. */
-  if (chunks > me.group) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
+  if (task.chunks > me.group) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
 }
 
 /* ---- state warps ----------------------------------------------------------------------------------- */
@@ -874,19 +925,18 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
                                 const Task &task) {
   constexpr int M = 1;        /* tiles of 16 value rows a warp */
   constexpr int COLUMNS = 16; /* value columns a warp */
-  constexpr int PITCH = Shared<K, VP>::V_PITCH, HANDOVER = Shared<K, VP>::HANDOVER;
+  constexpr int PITCH = Shared<K, VP>::V_PITCH;
+  constexpr int HANDOVER = Shared<K, VP>::HANDOVER;
   const fkda_problem &p = params.problem;
-  const int warp = threadIdx.x / 32 - GROUPS * GROUP_WARPS, lane = threadIdx.x & 31;
-  const int v_first = task.v_begin + warp * COLUMNS;
-  const int chunks = task.chunks;
+  const auto state_warp = [] { return fresh_warp() - Shared<K, VP>::STATES / 32; };
+  const auto first_column = [&] { return task.v_begin + state_warp() * COLUMNS; };
 
   /* Addresses are made anew from the task for each chunk: held, they would spill beside S. */
   const auto load = [&](int chunk) {
-    if (chunk < chunks) {
+    if (chunk < task.chunks) {
       const int t = chunk * CHUNK, left = task.length - t;
-      bf16 *to = shared.v[chunk % V_STAGES][warp];
-      const bf16 *v = static_cast<const bf16 *>(p.v.data) + first_row(p.v, task, task.head);
-      copy_rows<COLUMNS>(v + v_first + t * p.v.stride_t, p.v.stride_t, left < CHUNK ? left : CHUNK,
+      bf16 *to = shared.v[chunk % V_STAGES][state_warp()];
+      copy_rows<COLUMNS>(task.v + state_warp() * COLUMNS + t * p.v.stride_t, p.v.stride_t, left < CHUNK ? left : CHUNK,
                          params.aligned_v, [&](int r, int c) { return to + r * PITCH + c; });
     }
     cute::cp_async_fence();
@@ -896,25 +946,26 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
   State<K, M> S;
   if (task.load_initial)
     S.load(p.initial, p.layout,
-           task.initial_slot * p.initial.stride_slot + task.head * p.initial.stride_head, v_first);
+           task.initial_slot * p.initial.stride_slot + task.head * p.initial.stride_head, first_column());
   else
     S.clear();
   Checkpoints checkpoints(p);
 
 #pragma unroll 1
   for (int chunk = 0;; ++chunk) {
-    const int done = chunk < chunks ? chunk * CHUNK : task.length;
-    if (checkpoints.due(done, chunk == chunks))
-      checkpoints.visit(p, task, done, chunk == chunks,
+    const int done = chunk < task.chunks ? chunk * CHUNK : task.length;
+    if (checkpoints.due(done, chunk == task.chunks))
+      checkpoints.visit(p, task, done, chunk == task.chunks,
                         [&](const fkda_states &to, int64_t offset) {
-                          S.store(to, p.layout, offset, v_first);
+                          S.store(to, p.layout, offset, first_column());
                         });
-    if (chunk == chunks) break;
+    if (chunk == task.chunks) break;
     const int group = chunk % GROUPS;
     const Factors<K> &f = shared.groups[group].factors;
-    bf16 *tile = shared.v[chunk % V_STAGES][warp];
+    bf16 *tile = shared.v[chunk % V_STAGES][state_warp()];
     cutlass::arch::NamedBarrier::sync(HANDOVER, FULL + group);
 
+    const int lane = fresh_lane();
     /* X[v,i] = sum_k S1[v,k] K'[i,k] (n = 0, 1) and Q' (n = 2, 3); S <- S e^m e^{G_C-m} on the way. */
     float X[M][4][4];
 #pragma unroll
@@ -923,13 +974,13 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
       for (int n = 0; n < 4; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) X[m][n][i] = 0;
+    /* matrices: tokens 0-7 channels 0-7, tokens 0-7 channels 8-15, tokens 8-15 likewise */
+    const int b_at = at<K>((lane & 7) + ((lane >> 4) << 3), ((lane >> 3) & 1) * 8);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
       uint32_t bk[4], bq[4];
-      /* matrices: tokens 0-7 channels 0-7, tokens 0-7 channels 8-15, tokens 8-15 likewise */
-      const int row = (lane & 7) + ((lane >> 4) << 3), column = k + ((lane >> 3) & 1) * 8;
-      load_matrices(bk, f.k + at<K>(row, column));
-      load_matrices(bq, f.q + at<K>(row, column));
+      load_matrices(bk, f.k + (b_at ^ k));
+      load_matrices(bq, f.q + (b_at ^ k));
       float2 in[2], end[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -1002,10 +1053,11 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     }
 
     /* (12) S[v,k] += sum_j U[v,j] K-[j,k] */
+    const int k_at = at<K>(lane & 15, (lane >> 4) * 8);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
       uint32_t b[4]; /* tokens 0-7, 8-15 of channels 0-7, then of channels 8-15 */
-      load_transposed(b, f.k_end + at<K>(lane & 15, k + (lane >> 4) * 8));
+      load_transposed(b, f.k_end + (k_at ^ k));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         mma(S.s[m][k / 8], U[m], b[0], b[1]);
@@ -1037,8 +1089,7 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
       }
     __syncwarp();
     const int t = chunk * CHUNK, left = task.length - t, tokens = left < CHUNK ? left : CHUNK;
-    bf16 *to = static_cast<bf16 *>(p.out.data) + first_row(p.out, task, task.head) + v_first +
-               t * p.out.stride_t;
+    bf16 *to = task.out + state_warp() * COLUMNS + t * p.out.stride_t;
     if (params.aligned_out) {
       constexpr int PIECES = COLUMNS / 8;
 #pragma unroll
@@ -1068,7 +1119,7 @@ __device__ __forceinline__ void prefill(const fkda_portable_params &params) {
   __syncthreads();
   const Task &task = shared.task;
   if (task.skip) return;
-  if (threadIdx.x < GROUPS * GROUP_THREADS)
+  if (threadIdx.x < Shared<K, VP>::STATES)
     run_factor_warps<K, VP>(params, shared, task);
   else
     run_state_warps<K, VP>(params, shared, task);

@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Puts the tables made from bench/results/cpu-*.json into the documents.
+
+Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows. Between the markers
+`bench:cpu-all` in docs/kernels/cpu.md: all of them. With --check nothing is written; the exit status is 1
+where a document differs from what the records say.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def table(head, rows):
+    """The first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def number(x, digits=3):
+    """Three significant digits, never as 1.2e+03; a dash for what was not measured."""
+    if x is None:
+        return "–"
+    if x >= 10 ** (digits - 1):
+        return f"{x:.0f}"
+    return f"{float(f'{x:.{digits}g}'):g}"
+
+
+def percent(x):
+    return "–" if x is None else f"{100 * x:.0f} %"
+
+
+def times(x):
+    return "–" if x is None else f"{x:.2f}×"
+
+
+def error(x):
+    return "–" if x is None else f"{x:.1e}".replace("e-0", "e-")
+
+
+def threads_of(record):
+    return sorted({row["threads"] for row in record["rows"]})
+
+
+def best_backend(record):
+    return record["rows"][0]["backend"]
+
+
+def shape(row):
+    if row["op"] == "decode":
+        tokens = "" if row["lens"][0] == 1 else f" of {row['lens'][0]} tokens"
+        text = f"N {row['N']}{tokens}, H {row['HV']}"
+    elif row["N"] == 1:
+        text = f"T {row['lens'][0]}, H {row['HV']}"
+    elif len(set(row["lens"])) == 1:
+        text = f"{row['N']} × {row['lens'][0]}, H {row['HV']}"
+    else:
+        text = f"{row['N']} ragged, {sum(row['lens'])} tokens, H {row['HV']}"
+    if row["HV"] != row["H"]:
+        text += f" of {row['H']} q/k heads"
+    return text
+
+
+def dtype(row):
+    return "fp32" if row["dtype"] == "f32" else row["dtype"]
+
+
+def machine(record):
+    """What the numbers were taken on, and how."""
+    commit, _, dirty = record["commit"].partition("-")
+    rates = []
+    for n in map(str, threads_of(record)):
+        rate = record["sgemm_gflops"].get(n)
+        memory = record["memory_gbps"].get(n)
+        rates.append(
+            f"{n} thread{'s' if n != '1' else ''}: sgemm {number(rate)} GFLOP/s,"
+            f" memory {number(memory)} GB/s read and written"
+        )
+    lines = [
+        f"{record['device']} ({record['machine']}, {record['cpus']} CPUs),"
+        f" commit {commit[:12]}{'-' + dirty if dirty else ''}, {record['date'][:10]}.",
+        f"OpenBLAS ({record['blas']['core']} kernels) and memory on the same cores in the same run:",
+        f"{'; '.join(rates)}.",
+    ]
+    if record["peers"]:
+        versions = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
+        lines.append(
+            f"Peers: {versions}; the PyTorch functions of `kimi_linear`, gates activated beforehand."
+        )
+    if record["note"]:
+        lines.append(record["note"])
+    return lines
+
+
+def peers(row):
+    found = row["peers_ms"]
+    return [number(found.get(f"transformers_{name}")) for name in ("chunk", "recurrent")]
+
+
+def select(record, op, **wanted):
+    threads = max(threads_of(record))
+    return [
+        row
+        for row in record["rows"]
+        if row["op"] == op
+        and row["threads"] == threads
+        and all(row[key] == value for key, value in wanted.items())
+    ]
+
+
+def by_shape(rows):
+    """Longest first within one number of heads; a stable order for the reader."""
+    strength = ["weak", "medium", "strong"]
+    return sorted(
+        rows, key=lambda row: (-row["HV"], -sum(row["lens"]), row["variant"], strength.index(row["gate"]))
+    )
+
+
+def prefill_line(row, record, full):
+    n = row["threads"]
+    one = [
+        x["ms"]
+        for x in record["rows"]
+        if x["threads"] == 1
+        and all(x[y] == row[y] for y in ("name", "gate", "variant", "backend"))
+    ]
+    line = [f"{shape(row)}, {row['gate']} gates, {dtype(row)}"]
+    if full:
+        line.append(row["backend"])
+        line.append(number(one[0]) if one and n > 1 else "–")
+    line += [number(row["ms"]), number(row["gflops"]), percent(row["sgemm_ratio"]), times(row["speedup"])]
+    if full:
+        line += [error(row["error_o"]), error(row["error_state"])]
+    return line + peers(row)
+
+
+def prefill_table(rows, record, full):
+    n = max(threads_of(record))
+    head = [f"prefill, D {rows[0]['K']}"]
+    head += ["backend", "ms, 1 thread", f"ms, {n} threads"] if full else [f"ms, {n} threads"]
+    head += ["GFLOP/s", "of sgemm", f"1 → {n} threads"]
+    head += ["error o", "error state"] if full else []
+    head += ["transformers chunk, ms", "its token loop, ms"]
+    return table(head, [prefill_line(row, record, full) for row in rows])
+
+
+def decode_table(rows, record, full):
+    n = max(threads_of(record))
+    head = [f"decode, D {rows[0]['K']}"]
+    head += [f"ms, {n} threads", "GB/s of state", "of memory rate"]
+    head += ["error o", "error state"] if full else []
+    head += ["transformers token loop, ms"]
+    lines = []
+    for row in rows:
+        state = "bf16" if row["state_dtype"] == "bf16" else "fp32"
+        line = [f"{shape(row)}, {state} state", number(row["ms"]), number(row["state_gbps"])]
+        line.append(percent(row.get("memory_ratio")))
+        line += [error(row["error_o"]), error(row["error_state"])] if full else []
+        lines.append(line + peers(row)[1:])
+    return table(head, lines)
+
+
+def readme(record):
+    best = best_backend(record)
+    rows = [
+        row
+        for row in by_shape(select(record, "prefill", backend=best))
+        if row["variant"] == "" and row["gate"] != "medium" and len(row["lens"]) == 1
+    ]
+    decode = [x for x in select(record, "decode", backend=best) if x["variant"] == "" and x["N"] >= 64]
+    lines = machine(record) + [""] + prefill_table(rows, record, full=False)
+    return lines + [""] + decode_table(decode, record, full=False)
+
+
+def everything(record):
+    rows = by_shape(select(record, "prefill"))
+    decode = select(record, "decode")
+    lines = [f"`{best_backend(record)}`: " + machine(record)[0], *machine(record)[1:], ""]
+    return lines + prefill_table(rows, record, full=True) + [""] + decode_table(decode, record, full=True)
+
+
+def replaced(text, name, blocks, where):
+    begin, end = f"<!-- bench:{name} -->\n", f"<!-- /bench:{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        sys.exit(f"{where}: expected {begin.strip()} and {end} once each")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    return before + begin + "\n\n".join("\n".join(lines) for lines in blocks) + "\n" + end + after
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="of the tree to work on")
+    options = parser.parse_args()
+
+    paths = sorted((options.root / "bench/results").glob("cpu-*.json"))
+    if not paths:
+        sys.exit("no bench/results/cpu-*.json: `make bench` records one")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    stale = []
+    documents = (("README.md", "cpu", readme), ("docs/kernels/cpu.md", "cpu-all", everything))
+    for name, marker, make in documents:
+        path = options.root / name
+        old = path.read_text(encoding="utf-8")
+        new = replaced(old, marker, [make(record) for record in records], name)
+        if new == old:
+            continue
+        stale.append(name)
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+    if options.check and stale:
+        print(f"{', '.join(stale)}: tables differ from bench/results; run bench/table.py")
+        return 1
+    print("tables: up to date" if not stale else f"wrote {', '.join(stale)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Every check that wants a GPU, and a summary of them: the case table on the CUDA backend, the Python tests
+# on CUDA tensors, compute-sanitizer's four tools over a few small cases of each kind. Without a GPU it
+# says so and does nothing. Exit status 1 if anything failed.
+#
+#   scripts/gpu_check.sh [SUMMARY.json]     default build/gpu-check.json; logs in build/gpu-check/
+#
+#   FLASHKDA_BUILD_DIR  a build to use as it is: made elsewhere, with FLASHKDA_CUDA=ON and
+#                       FLASHKDA_PYTHON=ON; of it flashkda, libflashkda.so* and python/ are needed
+#   FLASHKDA_COMMIT     what to call the commit where there is no .git
+#   PYTHON              an interpreter with torch (CUDA), numpy, ml_dtypes and pytest (python3)
+set -uo pipefail
+here=$PWD
+cd "$(dirname "$0")/.." || exit 1
+summary=${1:-build/gpu-check.json}
+case $summary in /*) ;; *) [ $# -eq 0 ] || summary=$here/$summary ;; esac
+python=${PYTHON:-python3}
+backend=portable
+
+if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+  echo "gpu-check: skipped, no NVIDIA GPU here"
+  exit 0
+fi
+
+title() { printf '\n== %s (%ds)\n' "$*" "$SECONDS"; }
+
+build=${FLASHKDA_BUILD_DIR:-}
+if [ -z "$build" ]; then
+  build=build/gpu
+  title build
+  scripts/setup.sh build || exit 1
+  cmake -S . -B $build -DCMAKE_BUILD_TYPE=Release -DFLASHKDA_TESTS=OFF -DFLASHKDA_CUDA=ON \
+    -DFLASHKDA_PYTHON=ON -DPython_EXECUTABLE="$(command -v "$python")" >build/gpu-configure.log ||
+    { cat build/gpu-configure.log; exit 1; }
+  cmake --build $build -j "${JOBS:-$(nproc)}" || exit 1
+fi
+build=$(cd "$build" && pwd) || exit 1
+logs=build/gpu-check
+rm -rf $logs && mkdir -p $logs "$(dirname "$summary")" || exit 1
+# A build that was made elsewhere looks for the library where it was made.
+export LD_LIBRARY_PATH=$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export PYTHONPATH=$build/python FLASHKDA_TOOL=$build/flashkda
+
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem \
+  --format=csv,noheader,nounits -i 0 >$logs/device.csv
+
+title "case table on $backend"
+"$FLASHKDA_TOOL" info | sed -n '/^backends/,/^$/p'
+timeout 180 "$FLASHKDA_TOOL" check --backend $backend --json >$logs/check.json
+
+title "Python tests"
+timeout 180 "$python" -m pytest tests/python/test_cuda.py -q -rfE -p no:cacheprovider --durations=5 \
+  --junitxml=$logs/python.xml
+
+sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer)
+cases=(
+  'gate/bounded_rawU(-8,8)_biasU(-8,8)_bf16' 'gate/softplus_rawswitch_AU(0,log16)_g32_bf16'
+  'gate/direct0or-90_bf16' 'numbers/asymmetric_kv_K128_V64_bf16' 'numbers/asymmetric_vk_K64_V128_bf16'
+  'options/bounded_l2norm_logit_bf16' 'options/A_log_bf16_dt_bias_bf16_bf16'
+  'shapes/B1_T40_H1_HV1_K128_V128_bf16' 'shapes/T17_bf16' 'ragged/mixed_tail_i32_bf16'
+  'strides/misaligned_bf16' 'strides/padded_bf16' 'strides/padded_pool_bf16'
+  'indices/out_of_range_bf16' 'indices/apart_skip_has_initial_bf16' 'states/kv_bf16_to_bf16_bf16'
+  'checkpoints/packed_to_bf16_slots_bf16' 'checkpoints/every_batch_bf16'
+  'decode/bounded_T1_bf16' 'decode/softplus_T8_bf16' 'decode/2d_apart_vk_f32_T3_bf16'
+  'decode/out_of_range_kv_bf16_T1_bf16' 'decode/strides5_bf16' 'decode/strides3_bf16'
+)
+patterns=()
+for name in "${cases[@]}"; do patterns+=(--case "$name"); done
+for tool in memcheck racecheck initcheck synccheck; do
+  title "$tool"
+  timeout 90 "$sanitizer" --tool $tool --log-file $logs/$tool.log \
+    "$FLASHKDA_TOOL" check --backend $backend --no-guards "${patterns[@]}" --json >$logs/$tool.json
+  echo $? >$logs/$tool.status
+  tail -n 1 $logs/$tool.log
+done
+
+title summary
+commit=${FLASHKDA_COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
+"$python" scripts/gpu_summary.py --backend $backend --commit "$commit" --sanitized ${#cases[@]} \
+  $logs "$summary"
+status=$?
+echo "gpu-check: ${SECONDS} s, $summary"
+exit $status

@@ -1,0 +1,140 @@
+"""Makes the summary of scripts/gpu_check.sh from its logs. Exit status 1 if anything failed or did not run.
+
+Usage: gpu_summary.py --backend NAME --commit C --sanitized N LOGS SUMMARY.json
+"""
+
+import argparse
+import collections
+import datetime
+import json
+import pathlib
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def read_device(path):
+    names = ("name", "driver", "sm", "memory", "sm_max", "memory_max")
+    row = dict(zip(names, (x.strip() for x in path.read_text().splitlines()[0].split(","))))
+    clocks = {n: int(row[n]) if row.get(n, "").isdigit() else None for n in names[2:]}
+    return row.get("name"), row.get("driver"), clocks
+
+
+def read_check(path, backend):
+    """The table's outcome; a run that ended early has no JSON that can be read."""
+    check = json.loads(path.read_text())
+    reasons = collections.Counter()
+    failures = []
+    for case in check["cases"]:
+        for result in case["results"]:
+            if result["verdict"] == "skip":
+                reason = re.sub(r'^backend: ".*?" cannot run this call: ', "", result["message"])
+                reasons[re.sub(r"K = \d+, V = \d+", "K, V", reason)] += 1
+            if result["verdict"] == "fail":
+                failures.append(f"{case['name']}: {result['message']}")
+    errors = [
+        {"range": r["range"], "out": r["half_out"], "state": r["half_state"]}
+        for r in check["ranges"]
+        if r["backend"] == backend
+    ]
+    return {
+        "cases": len(check["cases"]),
+        "passed": check["passed"],
+        "failed": check["failed"],
+        "skipped": check["skipped"],
+        "skipped_because": dict(reasons),
+        "failures": failures,
+        "errors_by_gate": errors,
+    }
+
+
+def read_python(path):
+    root = ElementTree.parse(path).getroot()
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures, properties = [], {}
+    for test in root.iter("testcase"):
+        bad = test.find("failure") is not None or test.find("error") is not None
+        outcome = "failed" if bad else "skipped" if test.find("skipped") is not None else "passed"
+        counts[outcome] += 1
+        if bad:
+            failures.append(test.get("name"))
+        for x in test.iter("property"):
+            properties[x.get("name")] = float(x.get("value"))
+    return {**counts, "failures": failures, **properties}
+
+
+def read_sanitizer(logs, tool, sanitized):
+    """(number of errors or None if the tool did not finish, what went wrong)"""
+    text = (logs / f"{tool}.log").read_text()
+    found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
+    if not found:
+        return None, "no summary"
+    errors = sum(int(a or b) for a, b in found)
+    check = json.loads((logs / f"{tool}.json").read_text())
+    if check["passed"] != sanitized:
+        return errors, f"{check['passed']} cases passed, expected {sanitized}"
+    status = (logs / f"{tool}.status").read_text().strip()
+    return errors, "" if status == "0" and not errors else f"{errors} errors, status {status}"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--sanitized", type=int, required=True)
+    parser.add_argument("logs", type=pathlib.Path)
+    parser.add_argument("summary", type=pathlib.Path)
+    options = parser.parse_args()
+    logs, problems = options.logs, []
+
+    def attempt(what, function, *arguments, default):
+        try:
+            return function(*arguments)
+        except (OSError, ValueError, KeyError, IndexError, ElementTree.ParseError) as error:
+            problems.append(f"{what}: {type(error).__name__}: {error}")
+            return default
+
+    nothing = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    device, driver, clocks = attempt(
+        "device", read_device, logs / "device.csv", default=(None, None, {})
+    )
+    table = attempt(
+        "case table", read_check, logs / "check.json", options.backend, default={"cases": 0, **nothing}
+    )
+    python = attempt("Python", read_python, logs / "python.xml", default=nothing)
+    sanitizers = {}
+    for tool in TOOLS:
+        sanitizers[tool], problem = attempt(
+            tool, read_sanitizer, logs, tool, options.sanitized, default=(None, "")
+        )
+        if problem:
+            problems.append(f"{tool}: {problem}")
+    for what, counts in (("case table", table), ("Python", python)):
+        problems += [f"{what}: {name}" for name in counts["failures"]]
+        if not counts["passed"]:
+            problems.append(f"{what}: nothing passed")
+    summary = {
+        "commit": options.commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "driver": driver,
+        "clocks_mhz": clocks,
+        "backend": options.backend,
+        **table,
+        "sanitizers": sanitizers,
+        "sanitized_cases": options.sanitized,
+        "python": python,
+    }
+    options.summary.write_text(json.dumps(summary, indent=1) + "\n")
+    for problem in problems:
+        print(f"failed: {problem}")
+    for what, counts in (("case table", table), ("Python", python)):
+        print(f"{what}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    print("sanitizers: " + ", ".join(f"{tool} {n}" for tool, n in sanitizers.items()))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The performance tables of the documents are what bench/table.py makes of the recorded results, and it
+# notices where one is not.
+# Usage: test_tables.sh SOURCE_DIR BUILD_DIR PYTHON
+set -euo pipefail
+source=$1 work=$2/test_tables python=$3
+fail() { echo "FAILED: $*"; exit 1; }
+
+"$python" "$source/bench/table.py" --check || fail "a table is not what the records say"
+
+rm -rf "$work" && mkdir -p "$work/bench" "$work/docs"
+cp -r "$source/bench/results" "$work/bench/"
+cp -r "$source/docs/kernels" "$work/docs/"
+cp "$source/README.md" "$work/"
+changed=$("$python" - "$work" <<'END'
+import json, pathlib, sys
+path = sorted((pathlib.Path(sys.argv[1]) / "bench/results").glob("cpu-*.json"))[0]
+record = json.loads(path.read_text())
+for row in record["rows"]:
+    row["ms"] *= 2
+path.write_text(json.dumps(record))
+print(path.name)
+END
+)
+if "$python" "$source/bench/table.py" --check --root "$work" >/dev/null; then
+  fail "other times in $changed, and --check passes"
+fi
+"$python" "$source/bench/table.py" --root "$work" >/dev/null
+"$python" "$source/bench/table.py" --check --root "$work" >/dev/null || fail "tables just written differ"
+echo "tables: ok"
