@@ -44,7 +44,8 @@ OTHER = [
 # With the peers. Their chunk form holds [H, T/64, 64, 64, K] floats three times over, 3 GB at T 1024.
 BESIDE_PEERS = ["--T 1024 --heads 32 --gate weak", "--T 1024 --heads 32 --gate strong"]
 PEER_PREFILLS = [(1024, "weak"), (1024, "strong"), (4096, "weak")]
-PEER_CHUNK_LONGEST = 1024
+PEER_LONGEST = {"transformers_chunk": 1024}
+PEER_PATIENCE = 8.0  # seconds a call; a token loop on a busy machine can take minutes
 PEER_DECODES = [1, 64]
 HEADS, DIM, LOWER_BOUND = 32, 128, -5.0
 
@@ -62,8 +63,9 @@ def git(*arguments):
 
 
 def commit():
-    """Of the working tree, "-dirty" where a tracked file differs from it."""
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    """Of the working tree; "-dirty" where something that the command line is built from differs."""
+    built_from = "CMakeLists.txt cmake include src tools tests/cases".split()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *built_from)
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
@@ -215,7 +217,7 @@ def peer_prefill(tool, functions, T, gate, threads, seconds):
     torch.set_num_threads(threads)
     results = {}
     for name, function in functions.items():
-        if name == "transformers_chunk" and T > PEER_CHUNK_LONGEST:
+        if T > PEER_LONGEST.get(name, T):
             continue
         say(f"{name}, T {T}, {gate} gates, {threads} threads")
         (out, state), ms = timed(lambda: function(*arguments, **options), seconds)
@@ -242,7 +244,7 @@ def peer_decode(functions, N, threads, seconds):
 def add_peers(rows, tool, backend, threads, seconds):
     """Fills peers_ms of the rows of that shape on all threads. True if all agree with ours."""
     functions, versions = load_peers()
-    agree = True
+    agree, taken = True, {}
 
     def find(name, gate):
         for row in rows:
@@ -253,8 +255,12 @@ def add_peers(rows, tool, backend, threads, seconds):
 
     for T, gate in PEER_PREFILLS:
         row = find(f"T{T}_H{HEADS}", gate)
+        slow = [x["transformers_recurrent"] * T / y for y, x in taken.items() if y < T]
+        if any(ms > 1e3 * PEER_PATIENCE for ms in slow):
+            say(f"T {T} of the peers left out: it would take {max(slow) / 1e3:.0f} s a call")
+            continue
         results = peer_prefill(tool, functions, T, gate, threads, seconds)
-        row["peers_ms"] = {name: x[0] for name, x in results.items()}
+        row["peers_ms"] = taken[T] = {name: x[0] for name, x in results.items()}
         row["peers_difference"] = {name: {"o": x[1], "state": x[2]} for name, x in results.items()}
         for name, (_, out, state) in results.items():
             if not (out <= AGREE_OUT and state <= AGREE_STATE):

@@ -7,7 +7,8 @@ The difference of the two, less the Python loop itself, is the overhead: matchin
 the tensors, releasing the GIL, keeping the workspace. The two loops alternate, and of each the fastest of
 `--repeats` short rounds is taken: other work on the machine can only add to it. The problem is tiny (no
 tokens, or one token of one small head on one thread) so that the kernel's own time does not drown the
-difference.
+difference. On CUDA the C call returns when the kernel is queued; rounds are short enough that the queue
+never fills, and each begins with the device idle.
 """
 
 import argparse
@@ -66,12 +67,17 @@ def python_loop(function, n, arguments, keywords):
     return time.perf_counter() - begin
 
 
-def measure(name, arguments, keywords, n, repeats):
+CUDA_CALLS = 200  # in a round: fewer than a stream's queue holds
+
+
+def measure(name, arguments, keywords, n, repeats, wait):
     function = getattr(flash_kda, name)
     whole, c_call, loop = [], [], []
     python_loop(function, n, arguments, keywords)
     for _ in range(repeats):
+        wait()
         whole.append(python_loop(function, n, arguments, keywords) / n)
+        wait()
         c_call.append(_C._time_calls(n, name, *arguments, **keywords) / n)
         begin = time.perf_counter()
         for _ in range(n):
@@ -116,17 +122,33 @@ def main():
 
         libraries = {"torch": torch.from_numpy, **libraries}
         versions["torch"] = torch.__version__
+        if torch.cuda.is_available() and any(
+            available and not name.startswith(("cpu-", "reference"))
+            for name, available, _ in flash_kda.backends()
+        ):
+            libraries["torch cuda"] = lambda a: torch.from_numpy(a).to(
+                "cuda", torch.bfloat16 if a.dtype == np.float32 else None
+            )
+            versions["gpu"] = torch.cuda.get_device_name()
     except ImportError:
         print("torch is not installed: NumPy only")
 
     rows = []
-    print(f"{'':>8}{'call':<44}{'Python':>10}{'C':>10}{'overhead':>10}  (us a call)")
+    print(f"{'':>10}{'call':<44}{'Python':>10}{'C':>10}{'overhead':>10}  (us a call)")
     for library, convert in libraries.items():
         for text, name, arguments, keywords in problems(convert):
-            result = measure(name, arguments, keywords, options.calls, options.repeats)
+            cuda = library == "torch cuda"
+            result = measure(
+                name,
+                arguments,
+                keywords,
+                min(options.calls, CUDA_CALLS) if cuda else options.calls,
+                options.repeats,
+                torch.cuda.synchronize if cuda else lambda: None,
+            )
             rows.append({"library": library, "name": text, **result})
             print(
-                f"{library:>8}{'  ' + text:<44}{result['python_us']:>10.2f}{result['c_us']:>10.2f}"
+                f"{library:>10}{'  ' + text:<44}{result['python_us']:>10.2f}{result['c_us']:>10.2f}"
                 f"{result['overhead_us']:>10.2f}"
             )
     if options.json:

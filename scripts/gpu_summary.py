@@ -101,7 +101,11 @@ def main():
         "device", read_device, logs / "device.csv", default=(None, None, {})
     )
     table = attempt(
-        "case table", read_check, logs / "check.json", options.backend, default={"cases": 0, **nothing}
+        "case table",
+        read_check,
+        logs / "check.json",
+        options.backend,
+        default={"cases": 0, **nothing},
     )
     python = attempt("Python", read_python, logs / "python.xml", default=nothing)
     sanitizers = {}
@@ -131,7 +135,9 @@ def main():
     for problem in problems:
         print(f"failed: {problem}")
     for what, counts in (("case table", table), ("Python", python)):
-        print(f"{what}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+        print(
+            f"{what}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+        )
     print("sanitizers: " + ", ".join(f"{tool} {n}" for tool, n in sanitizers.items()))
     return 1 if problems else 0
 

@@ -161,6 +161,8 @@ expect 0 run "$dir/case.safetensors" --check
 
 # ---- check ------------------------------------------------------------------------------------------
 
+expect 0 check --list --case 'shapes/T1_f32' --case 'shapes/T2_*'
+[ "$(wc -l <"$dir/out")" = 3 ] || fail "check: two patterns"
 expect 0 check --case 'shapes/T17*'
 has out ' passed, 0 failed$'
 [ "$(tail -n 1 "$dir/out" | grep -c '^[0-9]* passed, 0 failed$')" = 1 ] || fail "check: last line"

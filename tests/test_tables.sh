@@ -4,6 +4,7 @@
 # Usage: test_tables.sh SOURCE_DIR BUILD_DIR PYTHON
 set -euo pipefail
 source=$1 work=$2/test_tables python=$3
+ls "$source"/bench/results/cpu-*.json >/dev/null 2>&1 || { echo "no record yet: skipped"; exit 77; }
 fail() { echo "FAILED: $*"; exit 1; }
 
 "$python" "$source/bench/table.py" --check || fail "a table is not what the records say"

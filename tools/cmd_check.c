@@ -15,7 +15,8 @@
 static const char help[] =
     "Usage: flashkda check [OPTION...]\n\n"
     "Runs the case table on each backend that this machine can run and compares with the token\n"
-    "recurrence in double precision. Exit status 1 if a case fails. Cases that the contract lets a\n"
+    "recurrence in double precision. Exit status 1 if a case fails. Cases that the contract lets "
+    "a\n"
     "backend refuse are skipped.\n\n"
     "  --backend NAME|all   one backend (all)\n"
     "  --case PATTERN       only cases whose name matches, for example \"gate/*\" or \"*_bf16\";\n"
@@ -459,16 +460,12 @@ static int check(job *j) {
 }
 
 int fkda_cmd_check(int argc, char **argv) {
-  static const struct option options[] = {{"backend", required_argument, NULL, 'b'},
-                                          {"case", required_argument, NULL, 'c'},
-                                          {"no-guards", no_argument, NULL, 'g'},
-                                          {"threads", required_argument, NULL, 't'},
-                                          {"list", no_argument, NULL, 'l'},
-                                          {"json", no_argument, NULL, 'j'},
-                                          {"save", required_argument, NULL, 's'},
-                                          {"save-dir", required_argument, NULL, 'd'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {NULL, 0, NULL, 0}};
+  static const struct option options[] = {
+      {"backend", required_argument, NULL, 'b'}, {"case", required_argument, NULL, 'c'},
+      {"no-guards", no_argument, NULL, 'g'},     {"threads", required_argument, NULL, 't'},
+      {"list", no_argument, NULL, 'l'},          {"json", no_argument, NULL, 'j'},
+      {"save", required_argument, NULL, 's'},    {"save-dir", required_argument, NULL, 'd'},
+      {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
   job *j = calloc(1, sizeof *j);
   int64_t threads = 0;
   int option, status = FKDA_EXIT_OK;

@@ -906,7 +906,8 @@ static PyMethodDef methods[] = {
      "get_num_threads($module)\n--\n\nThreads that CPU calls may use now."},
     {"warmup", warmup, METH_O,
      "warmup($module, device, /)\n--\n\n"
-     "Does ahead of time what the first call on a device would do: starts the CPU pool ('cpu'), loads "
+     "Does ahead of time what the first call on a device would do: starts the CPU pool ('cpu'), "
+     "loads "
      "the\n"
      "kernels ('cuda', 'cuda:1', a torch.device). Needed before a CUDA graph captures that call."},
     {"_time_calls", FAST(time_calls), METH_FASTCALL | METH_KEYWORDS, NULL},

@@ -223,7 +223,8 @@ class CudaClock:
         if process.poll() is None:
             process.kill()
         lines = process.communicate()[0].strip().splitlines()
-        values = [x.strip() for x in lines[self.device.index].split(",")] if lines else []
+        line = lines[min(self.device.index, len(lines) - 1)] if lines else ""
+        values = [x.strip() for x in line.split(",")]
         if len(values) != 5:
             return None, {}
         names = ("sm", "mem", "max_sm", "max_mem")
@@ -535,6 +536,7 @@ def measure(problem, gate, clock, copy_gbps, options):
     backend, plan = parse_plan(problem.plan())
     row = {
         "name": shape.name,
+        "op": shape.op,
         "N": shape.N,
         "lens": list(shape.lens),
         "H": shape.H,
@@ -559,6 +561,17 @@ def measure(problem, gate, clock, copy_gbps, options):
     return row, samples
 
 
+def first_call_ms(clock, backend):
+    """Wall time of this process's first call, to its end: kernels are loaded in it."""
+    problem = make_problem(prefill([64], 2), clock, backend)
+    call = problem.bound(0)
+    clock.sync()
+    begin = time.perf_counter()
+    call()
+    clock.sync()
+    return 1e3 * (time.perf_counter() - begin)
+
+
 def gates_of(shape, options):
     if shape.op == "decode":
         return ("medium",)
@@ -580,6 +593,7 @@ class Bench:
             "clocks_mhz": clocks,
             "copy_gbps": self.copy_gbps,
             "sgemm_gflops": None,
+            "first_call_ms": first_call_ms(clock, options.backend),
             "versions": {"torch": clock.torch.__version__},
             "note": options.note,
         }
@@ -862,7 +876,9 @@ def peers(bench, shapes, start, processes):
 
 
 def commit():
-    """Of the working tree that this file lies in; empty outside of one."""
+    """FLASHKDA_COMMIT, or of the working tree that this file lies in; empty outside of one."""
+    if os.environ.get("FLASHKDA_COMMIT"):
+        return os.environ["FLASHKDA_COMMIT"]
     here = pathlib.Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
     try:

@@ -54,7 +54,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static const char *error_name(int result) {
   const char *text = NULL;
   return cuda.get_error_name && !cuda.get_error_name(result, &text) && text ? text
-                                                                           : "unknown error";
+                                                                            : "unknown error";
 }
 
 static bool failed(int result, const char *what) {

@@ -703,7 +703,8 @@ static bool forked(fkda_fixture *f, fkda_result *result) {
     return complain(result, "fork: the child died of signal %d%s", WTERMSIG(status),
                     WTERMSIG(status) == SIGALRM ? " (hangs)" : "");
   }
-  if (WEXITSTATUS(status)) return complain(result, "fork: other bits, or an unexpected status, in the child");
+  if (WEXITSTATUS(status))
+    return complain(result, "fork: other bits, or an unexpected status, in the child");
   return twice(f, result); /* and the parent still works */
 }
 

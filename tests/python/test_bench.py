@@ -25,6 +25,7 @@ SMALL = [
 HEAD = {"commit", "date", "device", "driver", "clocks_mhz", "copy_gbps", "sgemm_gflops", "rows"}
 ROW = {
     "name": str,
+    "op": str,
     "N": int,
     "lens": list,
     "H": int,
@@ -175,6 +176,7 @@ def test_records(finished):
         record = json.loads((directory / name).read_text())
         assert set(record) >= HEAD
         assert record["commit"] == "abc" and record["sgemm_gflops"] is None
+        assert record["first_call_ms"] > 0
         for row in record["rows"]:
             for key, kind in ROW.items():
                 assert isinstance(row[key], kind), key
@@ -458,3 +460,18 @@ def test_import_brings_no_torch(run_python):
     code = "import sys, flash_kda.bench\nprint({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     assert run_python(code) == "set()"
     assert sys.modules["flash_kda.bench"] is bench
+
+
+def test_commit_from_the_environment(monkeypatch):
+    monkeypatch.setenv("FLASHKDA_COMMIT", "feed123")
+    assert bench.commit() == "feed123"
+
+
+def test_compiling_ahead_may_fail(monkeypatch, capsys):
+    """No GPU here, or no FLA: it is reported, with the reason, and nothing else happens."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    started = bench.start_prewarm([bench.prefill([1024], 2), bench.prefill([64] * 3, 2)])
+    assert [kind for kind, _, _ in started] == [(2, False)]
+    bench.finish_prewarm(started, 120)
+    text = capsys.readouterr().err
+    assert text.startswith("compiling FLA for H 2, ragged False: 1; ") and "Error" in text

@@ -178,9 +178,7 @@ def test_case(name, tmp_path):
     if 2 in table.CASES[name]["numbers"][:1]:
         limit = COLLINEAR_TOLERANCE
     for field, (before, after) in result.items():
-        table.judge(
-            field, before, after, tensors[f"gold.{field}"], tensors["v"].dtype, limit=limit
-        )
+        table.judge(field, before, after, tensors[f"gold.{field}"], tensors["v"].dtype, limit=limit)
 
 
 # ---- memory: strided, misaligned, pools, untrusted contents -----------------------------------------
@@ -211,7 +209,9 @@ def test_strided_and_misaligned_inputs_give_the_same_bits():
         return flat[1:].view(x.shape)
 
     odd.inputs = [shifted(x) for x in odd.inputs]
-    odd.initial, odd.A_log, odd.dt_bias = (shifted(x) for x in (odd.initial, odd.A_log, odd.dt_bias))
+    odd.initial, odd.A_log, odd.dt_bias = (
+        shifted(x) for x in (odd.initial, odd.A_log, odd.dt_bias)
+    )
     odd.out, odd.final = shifted(odd.out), shifted(odd.final)
     assert odd.inputs[0].data_ptr() % 16
     odd.run().results()
@@ -406,7 +406,13 @@ def test_graph_replay_with_other_data_and_lengths():
     with torch.cuda.graph(graph):
         call.run()
     for round, lens in enumerate(
-        ([256] + [0] * 7, [1] * 8, [32, 0, 64, 16, 100, 0, 0, 0], [0] * 8, [0, 200, 0, 0, 0, 0, 0, 56])
+        (
+            [256] + [0] * 7,
+            [1] * 8,
+            [32, 0, 64, 16, 100, 0, 0, 0],
+            [0] * 8,
+            [0, 200, 0, 0, 0, 0, 0, 56],
+        )
     ):
         other = problem(lens=lens + [T - sum(lens)], H=4, K=128, V=128, seed=round + 1)
         source = Call(other)
@@ -431,7 +437,7 @@ def test_graph_replay_with_other_data_and_lengths():
 
 
 def test_graph_decode_steps():
-    N, HV, steps = 6, 4, 5
+    N, steps = 6, 5
     p = problem(B=N, T=1, H=4, K=128, V=128, seed=3)
     call = Call(p)
     start = call.initial.clone()
@@ -470,7 +476,11 @@ def test_work_is_ordered_on_the_current_stream():
     """Inputs that arrive late on the stream: a call on any other stream would see NaN."""
     p = problem(T=100, H=2, K=128, V=128)
     expected = Call(p).run().results()
-    for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream(priority=-1)):
+    for stream in (
+        torch.cuda.default_stream(),
+        torch.cuda.Stream(),
+        torch.cuda.Stream(priority=-1),
+    ):
         call = Call(p)
         kept = [x.clone() for x in call.inputs]
         for x in call.inputs:
@@ -519,7 +529,7 @@ def test_many_host_threads():
                     stream.synchronize()
                     if not matches(call, expected):
                         failures.append("other bits")
-        except Exception as problem:  # noqa: BLE001: whatever it is, the test has failed
+        except Exception as problem:  # whatever it is, the test has failed
             failures.append(repr(problem))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
