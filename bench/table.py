@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Puts the tables made from bench/results/cpu-*.json into the documents.
+"""Puts the tables made from bench/results/*.json into the documents.
 
-Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows. Between the markers
-`bench:cpu-all` in docs/kernels/cpu.md: all of them. With --check nothing is written; the exit status is 1
-where a document differs from what the records say.
+Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows of cpu-*.json. Between the
+markers `bench:cpu-all` in docs/kernels/cpu.md: all of them. Likewise `bench:gpu` in README.md from
+prefill-*.json and decode-*.json, and `bench:gpu-prefill`, `bench:gpu-decode` in docs/kernels/. With --check
+nothing is written; the exit status is 1 where a document differs from what the records say.
 """
 
 import argparse
@@ -182,6 +183,64 @@ def everything(record):
     return lines + prefill_table(rows, record, full=True) + [""] + decode_table(decode, record, full=True)
 
 
+def gpu_machine(record):
+    clock = record["clocks_mhz"].get("sm")
+    return [
+        f"{record['device']}, driver {record['driver']}, SM clock {clock} MHz, copy rate "
+        f"{record['copy_gbps']:.0f} GB/s; commit {record['commit'][:12]}, {record['date'][:10]}; "
+        f"FLA is fla-core {record['versions'].get('fla-core')} in the same run."
+    ]
+
+
+def gpu_prefill(record, gates):
+    lines = []
+    for row in record["rows"]:
+        if row["gate"] not in gates:
+            continue
+        fla, ms = row["peers_ms"].get("fla"), row["ms"]
+        line = [row["name"].replace("_", ", "), row["gate"], number(ms), number(row["floor_ms"])]
+        line += [number(fla), times(fla / ms if fla else None)]
+        peer = row.get("peers_error", {}).get("fla", {})
+        lines.append(line + [error(row["error_o"]), error(row["error_state"]), error(peer.get("o"))])
+    head = ["prefill, D 128", "gates", "ms", "floor, ms", "FLA, ms", "faster", "error o", "state", "FLA's o"]
+    return table(head, lines)
+
+
+def gpu_decode(record):
+    lines = []
+    for row in record["rows"]:
+        fla = row["peers_ms"].get("fla")
+        name = f"{row['name'].removeprefix('decode_').replace('_', ', ')} {row['variant']}".strip()
+        line = [name, number(1e3 * row["ms"]), number(1e3 * row["floor_ms"]), number(1e3 * row["copy_ms"])]
+        lines.append(line + [percent(row["floor_ms"] / row["ms"]), number(1e3 * fla if fla else None)])
+    head = ["decode, D 128", "µs", "floor, µs", "copy of equal bytes, µs", "of the copy rate", "FLA, µs"]
+    return table(head, lines)
+
+
+def gpu_readme(records):
+    prefill, decode = records
+    lines = gpu_machine(prefill) + [""] + gpu_prefill(prefill, ["strong"])
+    return lines + [""] + gpu_decode(decode)
+
+
+def gpu_prefill_page(records):
+    return gpu_machine(records[0]) + [""] + gpu_prefill(records[0], ["weak", "medium", "strong"])
+
+
+def gpu_decode_page(records):
+    return gpu_machine(records[1]) + [""] + gpu_decode(records[1])
+
+
+def gpu_records(root):
+    """Pairs (prefill, decode) of one device each."""
+    pairs = []
+    for path in sorted((root / "bench/results").glob("prefill-*.json")):
+        other = path.with_name(path.name.replace("prefill-", "decode-"))
+        if other.exists():
+            pairs.append([json.loads(p.read_text(encoding="utf-8")) for p in (path, other)])
+    return pairs
+
+
 def replaced(text, name, blocks, where):
     begin, end = f"<!-- bench:{name} -->\n", f"<!-- /bench:{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -202,11 +261,18 @@ def main():
         sys.exit("no bench/results/cpu-*.json: `make bench` records one")
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     stale = []
-    documents = (("README.md", "cpu", readme), ("docs/kernels/cpu.md", "cpu-all", everything))
-    for name, marker, make in documents:
+    gpu = gpu_records(options.root)
+    documents = (
+        ("README.md", "cpu", readme, records),
+        ("docs/kernels/cpu.md", "cpu-all", everything, records),
+        ("README.md", "gpu", gpu_readme, gpu),
+        ("docs/kernels/prefill_portable.md", "gpu-prefill", gpu_prefill_page, gpu),
+        ("docs/kernels/decode.md", "gpu-decode", gpu_decode_page, gpu),
+    )
+    for name, marker, make, sources in documents:
         path = options.root / name
         old = path.read_text(encoding="utf-8")
-        new = replaced(old, marker, [make(record) for record in records], name)
+        new = replaced(old, marker, [make(source) for source in sources], name)
         if new == old:
             continue
         stale.append(name)

@@ -7,6 +7,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -270,7 +271,7 @@ static void make_state(fkda_tensor *t, use how, const sizes *z, int32_t dtype, i
     if (odd()) (a)->gate = below(7) - 2;                                                           \
     if (odd()) (a)->l2norm = below(5) - 1;                                                         \
     if (odd()) (a)->lower_bound = below(3) - 7;                                                    \
-    if (odd()) (a)->lower_bound = 0 / zero;                                                        \
+    if (odd()) (a)->lower_bound = (double)NAN;                                                     \
     if (odd()) (a)->reserved0 = byte();                                                            \
     if (odd()) (a)->state_layout = below(5) - 1;                                                   \
     MAKE(&(a)->k, READ, z.io, z.B, z.T, z.H, z.K);                                                 \
@@ -281,7 +282,6 @@ static void make_state(fkda_tensor *t, use how, const sizes *z, int32_t dtype, i
     if ((a)->gate != FKDA_GATE_DIRECT && byte() & 1)                                               \
       MAKE(&(a)->dt_bias, READ, FKDA_BF16, z.HV, z.K);                                             \
   } while (0)
-static volatile double zero;
 
 /* A partition of T into N sequences, empty ones among them. */
 static void make_cu_seqlens(fkda_tensor *t, const sizes *z) {

@@ -475,10 +475,10 @@ static void write_row(fkda_json *j, const row *r) {
   fkda_json_int(j, "N", s->N);
   if (s->lens) {
     fkda_json_ints(j, "lens", s->lens, s->N);
-  } else if (s->op == FKDA_OP_PREFILL && s->N == 1) {
-    fkda_json_ints(j, "lens", &s->T, 1);
-  } else {
-    fkda_json_int(j, "T", s->T); /* N sequences of T tokens */
+  } else { /* N sequences of T tokens */
+    fkda_json_open(j, "lens", '[');
+    for (int64_t n = 0; n < s->N; ++n) fkda_json_int(j, NULL, s->T);
+    fkda_json_close(j, ']');
   }
   fkda_json_int(j, "H", s->H);
   fkda_json_int(j, "HV", s->HV);

@@ -197,6 +197,12 @@ static int save_case(const fkda_case *c, const char *path) {
                                                 : "none"};
     pairs[pair_count++] = (fkda_st_pair){"in_place", in_place ? "1" : "0"};
   }
+  const double limit = fkda_fixture_state_limit(f);
+  if (limit > 0) {
+    snprintf(values[pair_count], sizeof values[0], "%.3e", limit);
+    pairs[pair_count] = (fkda_st_pair){"state_limit", values[pair_count]};
+    pair_count++;
+  }
   if (status == FKDA_EXIT_OK &&
       fkda_st_write(path, entries, count, pairs, pair_count, error, sizeof error)) {
     status = fkda_cli_error("%s", error);

@@ -240,6 +240,8 @@ const fkda_call *fkda_fixture_call(const fkda_fixture *fixture);
  *  untouched holds its contents before the call. NULL without such an output or with a message. */
 const double *fkda_fixture_gold(fkda_fixture *fixture, fkda_field field, char *error,
                                 size_t capacity);
+/** What a state's error may be, where a case allows more than its dtypes' tolerance; else 0. */
+double fkda_fixture_state_limit(fkda_fixture *fixture);
 
 /** Tolerance of a result of dtype `dtype` computed on the CPU from inputs of dtype `io`. */
 double fkda_tolerance(int32_t io, int32_t dtype);

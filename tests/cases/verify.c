@@ -371,6 +371,13 @@ static double same_precision_error(const fkda_fixture *f) {
   return error;
 }
 
+double fkda_fixture_state_limit(fkda_fixture *f) {
+  char error[256];
+  if (!f->c->same_precision || !fkda_fixture_gold(f, FKDA_FIELD_final_state, error, sizeof error))
+    return 0;
+  return 2 * same_precision_error(f);
+}
+
 static bool accurate(fkda_fixture *f, fkda_result *result) {
   static const fkda_field states[] = {FKDA_FIELD_final_state, FKDA_FIELD_state, FKDA_FIELD_M,
                                       FKDA_FIELD_b};
@@ -388,10 +395,8 @@ static bool accurate(fkda_fixture *f, fkda_result *result) {
     result->tolerance_state = tolerance_of(f, fkda_call_tensor_const(&f->host, states[i])->dtype);
   }
   result->tolerance_out = tolerance_of(f, f->c->io);
-  if (f->c->same_precision) {
-    const double limit = 2 * same_precision_error(f);
-    if (limit > result->tolerance_state) result->tolerance_state = limit;
-  }
+  const double limit = fkda_fixture_state_limit(f);
+  if (limit > result->tolerance_state) result->tolerance_state = limit;
   result->tolerance_checkpoint = tolerance_of(f, f->c->checkpoint_dtype);
   return within("out", result->error_out, result->tolerance_out, result) &&
          within(f->c->op == FKDA_OP_SUMMARY ? "M or b" : "final state", result->error_state,

@@ -157,7 +157,13 @@ def supported(case):
     )
 
 
-SAMPLE = [] if REASON else [n for n, case in table.CASES.items() if supported(case)][::4]
+# The NaN cases are left to `flashkda check`: a chunk is computed as a whole on the GPU, so tokens before a
+# NaN in its own chunk and head may be NaN too, which the gold in a file cannot say.
+SAMPLE = (
+    []
+    if REASON
+    else [n for n, c in table.CASES.items() if supported(c) and not n.startswith("nan/")][::4]
+)
 
 
 @pytest.mark.skipif(not table.TOOL, reason="set FLASHKDA_TOOL to the command line `flashkda`")
