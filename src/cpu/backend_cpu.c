@@ -68,14 +68,14 @@ static bool supports(const fkda_backend *self, const fkda_problem *p, char *reas
 /* ---- planning --------------------------------------------------------------------------------------- */
 
 /* Into how many parts of V should a head be cut, so that `heads` of them keep `threads` busy longest?
- * The factors (8), (9) are made again for each part: about a fifth of a whole head's time. */
+ * The factors (8), (9) are made again for each part: about a quarter of a whole head's time. */
 static int32_t choose_split(int64_t heads, int64_t panels, int32_t threads) {
   int32_t best = 1;
   double best_time = 0;
   for (int32_t split = 1; split <= panels; ++split) {
     if (panels % split) continue;
     const int64_t rounds = (heads * split + threads - 1) / threads;
-    const double time = (double)rounds * (0.2 + 0.8 / split);
+    const double time = (double)rounds * (0.25 + 0.75 / split);
     if (split == 1 || time < 0.97 * best_time) {
       best = split;
       best_time = time;
