@@ -41,7 +41,8 @@
  *
  *   FLASHKDA_BACKEND      as the field `backend` below, for calls that leave it NULL
  *   FLASHKDA_CPU_ISA      scalar | avx2 | avx512 | neon: the only CPU instruction set to consider
- *   FLASHKDA_NUM_THREADS  size of the built-in CPU pool (default: the CPUs this process may use)
+ *   FLASHKDA_NUM_THREADS  size of the built-in CPU pool (default: the CPUs this process may use); read
+ *                         once, when first needed
  *   FLASHKDA_LOG          plan: one line on stderr for every call's plan
  */
 #ifndef FLASHKDA_FLASHKDA_H
