@@ -338,7 +338,7 @@ static void decay_factors_anchored(chunk_buffers *b) {
       vec inverse[LANES];
       for (int i = 0; i < LANES; ++i) {
         const int64_t c = c0 + i, at = c * Kp + k;
-        const vec decay = v_exp(v_sub(v_load(b->gates + at), m)); /* e^{G-m} */
+        const vec decay = v_exp_in_range(v_sub(v_load(b->gates + at), m)); /* e^{G-m} */
         const vec kn = v_mul(v_load(b->anchored + at), v_set(b->norm_k[c]));
         const vec qn = v_mul(v_load(b->anchored + CHUNK * Kp + at), v_set(b->norm_q[c]));
         const vec ka = v_mul(kn, decay), qa = v_mul(qn, decay);

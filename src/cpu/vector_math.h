@@ -10,10 +10,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* e^x, relative error below 2e-7; 0 below -88, e^88 above 88.
+/* e^x for |x| <= 88, relative error below 2e-7.
  * x = n ln2 + r, |r| <= ln2/2; e^r = 1 + r + r^2 p(r), p minimax of degree 4 (error 7.5e-9). */
-INLINE vec v_exp(vec x) {
-  x = v_max(v_set(-88.0f), v_min(v_set(88.0f), x));
+INLINE vec v_exp_in_range(vec x) {
   const vec n = v_round(v_mul(x, v_set(1.44269504f)));
   /* ln2 in two parts: n times the first is exact */
   vec r = v_fnma(n, v_set(0.693145751953125f), x);
@@ -26,6 +25,8 @@ INLINE vec v_exp(vec x) {
   p = v_fma(p, v_mul(r, r), r);
   return v_scale2(v_add(p, v_set(1)), n);
 }
+
+INLINE vec v_exp(vec x) { return v_exp_in_range(v_max(v_set(-88.0f), v_min(v_set(88.0f), x))); }
 
 INLINE vec v_sigmoid(vec x) { return v_reciprocal(v_add(v_set(1), v_exp(v_sub(v_set(0), x)))); }
 
@@ -46,10 +47,11 @@ INLINE vec v_softplus(vec x) {
 /* (2): log-decay of one vector of channels; gate is a constant wherever this is inlined. */
 INLINE vec log_decay(fkda_gate gate, vec raw, vec bias, vec exp_A, vec lower_bound) {
   vec g = raw;
-  if (gate == FKDA_GATE_BOUNDED)
-    g = v_mul(lower_bound, v_sigmoid(v_mul(exp_A, v_add(raw, bias))));
-  else if (gate == FKDA_GATE_SOFTPLUS)
-    g = v_sub(v_set(0), v_mul(exp_A, v_softplus(v_add(raw, bias))));
+  if (gate == FKDA_GATE_BOUNDED) { /* in [-5, 0] as it is */
+    const vec x = v_mul(v_sub(v_set(0), exp_A), v_add(raw, bias));
+    return v_mul(lower_bound, v_reciprocal(v_add(v_set(1), v_exp(x))));
+  }
+  if (gate == FKDA_GATE_SOFTPLUS) g = v_sub(v_set(0), v_mul(exp_A, v_softplus(v_add(raw, bias))));
   return v_max(v_set((float)FKDA_GATE_CLAMP), v_min(v_set(0), g));
 }
 
