@@ -36,12 +36,12 @@ FKDA_HOST_DEVICE static inline int32_t fkda_portable_decode_split(int64_t N, int
   return (int32_t)(N * HV * (V / 64) < 2 * (int64_t)processors ? V / 32 : V / 64);
 }
 
-#define FKDA_PORTABLE_V_STAGES 3 /* chunks of v in shared memory: two on their way */
+#define FKDA_PORTABLE_V_STAGES 2 /* chunks of v in shared memory: one in work, one on its way */
 
 /* Dynamic shared memory of a prefill block in bytes: sizeof(Shared<K, part>) of prefill.cu, which
- * asserts it. The task, two groups of factor warps, v. sm_86, 89 and 120 lend a block 99 KB. */
+ * asserts it. The task, barriers, two groups of factor warps, v. sm_86, 89 and 120 lend a block 99 KB. */
 #define FKDA_PORTABLE_PREFILL_SHARED(K, part)                                                      \
-  (96 + 2 * ((6 * 16 * (K) + 3 * 512 + 8 * (K) + 192) + 16 * (K) * (4 + 2 + 2 + 2) + 2304) +       \
+  (112 + 48 + 2 * (7 * 34 * (K) + 3 * 512 + 8 * (K) + 192 + 64 * (K) + 2304) +                     \
    FKDA_PORTABLE_V_STAGES * 2 * 24 * (part))
 
 #endif

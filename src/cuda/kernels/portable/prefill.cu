@@ -14,7 +14,7 @@
  *
  * Frames. Per channel, G is the running sum of log2-decays and m its value after the chunk's eighth token:
  *   K' = k e^{G-m}   Q' = q e^{G-m}   K^ = k e^{m-G}   K- = k e^{G_C-G}
- *   S1 = S e^m,  X = S1 K'^T,  S <- S1 e^{G_C-m} + U^T K-
+ *   X = (S e^m) K'^T,  S <- S e^{G_C} + U^T K-
  * so exponents stay within +-40 for a bounded gate. Where a chunk's gates leave +-ANCHOR_RANGE (softplus and
  * direct gates can), the triangles are summed over a tree of anchors instead, all exponents <= 0:
  * factors_by_levels(). The choice is a chunk's and head's own.
@@ -27,7 +27,6 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
-#include <cutlass/arch/barrier.h>
 
 #include "cuda/kernels/portable/params.h"
 
@@ -43,44 +42,51 @@ constexpr float ANCHOR_RANGE = 44.0f * LOG2E;
 constexpr float CLAMP = (float)FKDA_GATE_CLAMP * LOG2E;
 
 using bf16 = __nv_bfloat16;
+using Mbarrier = uint64_t; /* in shared memory */
 using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 
-enum Barrier { FULL = 0, EMPTY = 2, FACTOR = 4 }; /* each + group */
+constexpr int FACTOR_BARRIER = 1; /* + group; 0 is that of __syncthreads() */
 
 /* ---- shared memory ------------------------------------------------------------------------------- */
 
-/* Tiles of bf16 [16][K]: 16-byte pieces of a row are permuted by the row, so that both the eight rows of
- * an ldmatrix and the two rows that a factor warp touches at once lie in different banks. */
+/* Tiles of bf16 [16][K] lie in blocks of 16 channels, so that an ldmatrix of the next 16 channels has the same
+ * address but for a constant. A block's rows of 32 bytes are permuted, and their two halves swapped, such
+ * that neither the eight rows of an ldmatrix nor what a factor warp touches at once (two rows of two blocks)
+ * share a bank. */
+constexpr int BLOCK = CHUNK * 16 + 16;
 template <int K>
+constexpr int TILE = K / 16 * BLOCK;
 __device__ __forceinline__ int at(int row, int column) {
-  const int piece = (column >> 3) ^ (row & 7) ^ ((row >> 3) << 2);
-  return row * K + (piece << 3) + (column & 7);
+  const int half = (column >> 3 ^ row >> 2) & 1, place = row ^ row >> 3 << 1;
+  return (column >> 4) * BLOCK + place * 16 + half * 8 + (column & 7);
 }
-/* So at(row, column + k) = at(row, column) ^ k for k a multiple of 16 and column < 16. */
 
 template <int K>
 struct Factors { /* what passes from factor to state warps */
-  bf16 k[CHUNK * K];         /* K' */
-  bf16 q[CHUNK * K];         /* Q' */
-  bf16 k_end[CHUNK * K];     /* K- */
+  bf16 k[TILE<K>];           /* K' */
+  bf16 q[TILE<K>];           /* Q' */
+  bf16 k_end[TILE<K>];       /* K- = high + low: this and the next */
+  bf16 k_end_low[TILE<K>];
   bf16 T_high[CHUNK * CHUNK]; /* (I + A)^-1 = high + low, [j][i]: columns are contiguous */
   bf16 T_low[CHUNK * CHUNK];
   bf16 P[CHUNK * CHUNK];     /* lower(Q' K^^T), raw norms */
   float to_anchor[K];        /* e^m */
-  float to_end[K];           /* e^{G_C-m} */
+  float decay[K];            /* e^{G_C} */
   float norm_k[CHUNK];       /* 1/|k|, or 1 */
   float norm_q[CHUNK];       /* scale/|q|, or scale */
   float beta[CHUNK];
 };
 
-/* What the block works on. It lies in shared memory: a dozen 64-bit values that are rarely needed. */
+/* What the block works on. It lies in shared memory: 64-bit values that are rarely needed. */
 struct alignas(16) Task {
   int64_t n, b, begin;
   int64_t initial_slot, final_slot;
   int32_t length, chunks;         /* tokens; chunks of 16 of them */
   int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
-  const __nv_bfloat16 *v;         /* the block's first value column of token 0 */
-  __nv_bfloat16 *out;
+  const bf16 *q, *k;              /* row of token 0 */
+  const char *g;
+  const bf16 *v; /* the block's first value column of token 0 */
+  bf16 *out;
   bool skip, load_initial;
 };
 
@@ -89,10 +95,10 @@ template <int K>
 struct Group {
   static constexpr int A_PITCH = CHUNK + 4; /* rows stay 16-byte aligned */
   Factors<K> factors;
-  float g[CHUNK * K]; /* f32, or bf16 in the first half in the order of at() */
-  bf16 q[CHUNK * K];
-  bf16 k[CHUNK * K];
-  bf16 k_inverse[CHUNK * K]; /* K^ */
+  float g[CHUNK * K]; /* f32 by rows, or a bf16 tile */
+  bf16 q[TILE<K>];
+  bf16 k[TILE<K>];
+  bf16 k_inverse[TILE<K>]; /* K^ */
   float A[CHUNK][A_PITCH];
   float squares[2][2][GROUP_WARPS][CHUNK]; /* [parity][k, q]: each warp's part of |k|^2, |q|^2 */
 };
@@ -102,9 +108,11 @@ struct Shared {
   static constexpr int STATE_WARPS = VP / 16;
   static constexpr int STATES = GROUPS * GROUP_THREADS; /* first thread of the state warps */
   static constexpr int THREADS = STATES + 32 * STATE_WARPS;
-  static constexpr int HANDOVER = GROUP_THREADS + 32 * STATE_WARPS; /* threads of FULL and EMPTY */
   static constexpr int V_PITCH = 16 + 8; /* one 16-byte piece more: conflict-free ldmatrix */
   Task task;
+  /* A phase is a chunk of the group. Its factor warps arrive when all but the triangles is there, and when
+   * all is; the state warps when they need it no more. */
+  Mbarrier factored[GROUPS], solved[GROUPS], empty[GROUPS];
   Group<K> groups[GROUPS];
   bf16 v[V_STAGES][STATE_WARPS][CHUNK * V_PITCH]; /* receives O */
 };
@@ -146,6 +154,12 @@ __device__ __forceinline__ float high_of(uint32_t pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
 
+/* Two numbers as the sum of two bf16 pairs each: 16 bits of mantissa. */
+__device__ __forceinline__ void split(float x, float y, uint32_t &high, uint32_t &low) {
+  high = pack(x, y);
+  low = pack(x - low_of(high), y - high_of(high));
+}
+
 __device__ __forceinline__ float load_float(const void *data, int32_t dtype, int64_t i) {
   return dtype == FKDA_F32 ? static_cast<const float *>(data)[i]
                            : __bfloat162float(static_cast<const bf16 *>(data)[i]);
@@ -171,8 +185,12 @@ __device__ __forceinline__ void copy_piece(void *to, const void *from, bool vali
       *static_cast<const cute::uint128_t *>(from), *static_cast<cute::uint128_t *>(to), valid);
 }
 
+/* Barriers are PTX of our own: CUTLASS's wrappers are breakpoints below sm_90. */
 __device__ __forceinline__ void group_sync(int group) {
-  cutlass::arch::NamedBarrier::sync(GROUP_THREADS, FACTOR + group);
+  asm volatile("barrier.cta.sync.aligned %0, %1;"
+               :
+               : "r"(FACTOR_BARRIER + group), "n"(GROUP_THREADS)
+               : "memory");
 }
 /* The same, and true if any thread brings true. */
 __device__ __forceinline__ bool group_sync_or(int group, bool mine) {
@@ -181,10 +199,42 @@ __device__ __forceinline__ bool group_sync_or(int group, bool mine) {
       "{ .reg .pred p, q;\n setp.ne.s32 p, %1, 0;\n barrier.cta.red.or.pred q, %2, %3, p;\n"
       " selp.s32 %0, 1, 0, q; }\n"
       : "=r"(any)
-      : "r"((int)mine), "r"(FACTOR + cutlass::arch::NamedBarrier::ReservedNamedBarrierCount + group),
-        "n"(GROUP_THREADS)
+      : "r"((int)mine), "r"(FACTOR_BARRIER + group), "n"(GROUP_THREADS)
       : "memory");
   return any != 0;
+}
+
+__device__ __forceinline__ void init(Mbarrier &barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+               :
+               : "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(arrivals)
+               : "memory");
+}
+/* A warp's arrival: what its lanes have read and written so far comes before what a waiter does next. */
+__device__ __forceinline__ void arrive(Mbarrier &barrier) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0)
+    asm volatile("{ .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0]; }"
+                 :
+                 : "r"(cute::cast_smem_ptr_to_uint(&barrier))
+                 : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+#define MBARRIER_TEST "mbarrier.try_wait.parity" /* sleeps a while */
+#else
+#define MBARRIER_TEST "mbarrier.test_wait.parity"
+#endif
+/* Waits until phase `turn` (0, 1, ...) of a barrier has ended. The barrier is never two phases ahead. */
+__device__ __forceinline__ void wait(Mbarrier &barrier, int turn) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p;\n " MBARRIER_TEST ".shared.b64 p, [%1], %2;\n"
+                 " selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(turn & 1)
+                 : "memory");
+  } while (!done);
+  __syncwarp();
 }
 
 /* The lane, opaque: what is computed from it is made anew where it is needed. The compiler otherwise moves
@@ -236,6 +286,10 @@ __device__ Task find_task(const fkda_portable_params &params, int VP) {
   task.final_slot = fkda_index_of(&p.final_indices, task.n, 0);
   task.skip = (p.initial.data && (task.initial_slot < 0 || task.initial_slot >= p.initial.slots)) ||
               (p.final.data && (task.final_slot < 0 || task.final_slot >= p.final.slots));
+  task.q = static_cast<const bf16 *>(p.q.data) + first_row(p.q, task, task.qk_head);
+  task.k = static_cast<const bf16 *>(p.k.data) + first_row(p.k, task, task.qk_head);
+  task.g = static_cast<const char *>(p.g.data) +
+           first_row(p.g, task, task.head) * (p.g.dtype == FKDA_F32 ? 4 : 2);
   task.v = static_cast<const bf16 *>(p.v.data) + first_row(p.v, task, task.head) + task.v_begin;
   task.out = static_cast<bf16 *>(p.out.data) + first_row(p.out, task, task.head) + task.v_begin;
   task.load_initial =
@@ -286,6 +340,12 @@ struct FactorThread {
     half = lane >> 4;
   }
   __device__ bool active() const { return warp * 32 < K; } /* K = 64: two warps have channels */
+  /* at(8 half + i, 2 pair) for a constant i, as one of four sums and a constant */
+  __device__ __forceinline__ int place(int i) const {
+    const int swap = half * 32, piece = (pair & 4) * 2;
+    return (pair >> 3) * BLOCK + half * 128 + 2 * (pair & 3) + (i & 2 ? 32 - swap : swap) +
+           (i & 4 ? 8 - piece : piece) + (i & 5) * 16;
+  }
 };
 
 /* Sums eight values a lane over the 16 lanes of a half warp; lane l of the half holds the sum of value
@@ -309,14 +369,14 @@ template <int K>
 __device__ __forceinline__ void multiply_triangle(float (&acc)[4], const bf16 *rows,
                                                   const bf16 *columns, int warp, int lane) {
   float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-  const int a_at = at<K>(lane & 15, (lane >> 4) * 8);
-  const int b_at = at<K>((warp & 1) * 8 + (lane & 7), (lane >> 3 & 1) * 8) ^ (lane >> 4 << 4);
+  const int a_at = at(lane & 15, (lane >> 4) * 8);
+  const int b_at = at((warp & 1) * 8 + (lane & 7), lane & 24);
 #pragma unroll
   for (int k = 0; k < K; k += 32) {
     uint32_t a0[4], a1[4], b[4];
-    load_matrices(b, columns + (b_at ^ k));
-    load_matrices(a0, rows + (a_at ^ k));
-    load_matrices(a1, rows + (a_at ^ (k + 16)));
+    load_matrices(b, columns + b_at + k / 16 * BLOCK);
+    load_matrices(a0, rows + a_at + k / 16 * BLOCK);
+    load_matrices(a1, rows + a_at + (k / 16 + 1) * BLOCK);
     mma(even, a0, b[0], b[1]);
     mma(odd, a1, b[2], b[3]);
   }
@@ -370,10 +430,7 @@ __device__ __forceinline__ void invert(Group<K> &shared, int lane) {
   if (lane < CHUNK) {
     uint32_t high[8], low[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      high[i] = pack(x[2 * i], x[2 * i + 1]);
-      low[i] = pack(x[2 * i] - low_of(high[i]), x[2 * i + 1] - high_of(high[i]));
-    }
+    for (int i = 0; i < 8; ++i) split(x[2 * i], x[2 * i + 1], high[i], low[i]);
     uint4 *T_high = reinterpret_cast<uint4 *>(&to.T_high[c * CHUNK]);
     uint4 *T_low = reinterpret_cast<uint4 *>(&to.T_low[c * CHUNK]);
 #pragma unroll
@@ -414,7 +471,7 @@ __device__ __noinline__ float4 factors_by_levels(Group<K> &shared) {
             exponent.x += x.x, exponent.y += x.y;
           }
         }
-        const int place = at<K>(row, 2 * me.pair);
+        const int place = at(row, 2 * me.pair);
         const uint32_t k = *reinterpret_cast<const uint32_t *>(k_raw + place);
         const uint32_t q = *reinterpret_cast<const uint32_t *>(q_raw + place);
         const float e0 = exp2_approx(exponent.x), e1 = exp2_approx(exponent.y);
@@ -452,19 +509,21 @@ __device__ __noinline__ float4 factors_by_levels(Group<K> &shared) {
       float rest0 = behind0, rest1 = behind1; /* G_C - G, summed on its own: no cancellation */
 #pragma unroll 1
       for (int r = i + 1; r < 8; ++r) rest0 += g_of[r * G_ROW].x, rest1 += g_of[r * G_ROW].y;
-      const int place = at<K>(me.half * 8 + i, 2 * me.pair);
+      const int place = at(me.half * 8 + i, 2 * me.pair);
       const uint32_t k = *reinterpret_cast<const uint32_t *>(k_raw + place);
       const uint32_t q = *reinterpret_cast<const uint32_t *>(q_raw + place);
       const float e0 = exp2_approx(before0 + sum.x), e1 = exp2_approx(before1 + sum.y);
       *reinterpret_cast<uint32_t *>(to.k + place) = pack(low_of(k) * e0, high_of(k) * e1);
       *reinterpret_cast<uint32_t *>(to.q + place) = pack(low_of(q) * e0, high_of(q) * e1);
-      *reinterpret_cast<uint32_t *>(to.k_end + place) =
-          pack(low_of(k) * exp2_approx(rest0), high_of(k) * exp2_approx(rest1));
+      uint32_t high, low;
+      split(low_of(k) * exp2_approx(rest0), high_of(k) * exp2_approx(rest1), high, low);
+      *reinterpret_cast<uint32_t *>(to.k_end + place) = high;
+      *reinterpret_cast<uint32_t *>(to.k_end_low + place) = low;
     }
     if (me.half == 0) {
       to.to_anchor[2 * me.pair] = to.to_anchor[2 * me.pair + 1] = 1;
-      to.to_end[2 * me.pair] = exp2_approx(whole.x + other0);
-      to.to_end[2 * me.pair + 1] = exp2_approx(whole.y + other1);
+      to.decay[2 * me.pair] = exp2_approx(whole.x + other0);
+      to.decay[2 * me.pair + 1] = exp2_approx(whole.y + other1);
     }
   }
   return make_float4(total[0], total[1], total[2], total[3]);
@@ -543,23 +602,12 @@ __device__ __forceinline__ void solve(const fkda_problem &p, Group<K> &shared, i
 template <int K, int VP>
 __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
                                  const Task &task) {
-  constexpr int HANDOVER = Shared<K, VP>::HANDOVER;
   const fkda_problem &p = params.problem;
   FactorThread<K> me;
   Group<K> &shared = block.groups[me.group];
   Factors<K> &to = shared.factors;
-  const int first_column = me.warp * 32; /* a warp has 32 */
 
   const bool g_is_f32 = p.g.dtype == FKDA_F32;
-  const int g_size = g_is_f32 ? 4 : 2;
-  /* rows of the group's next chunk to load */
-  const int64_t t0 = me.group * CHUNK;
-  const bf16 *q = static_cast<const bf16 *>(p.q.data) + first_row(p.q, task, task.qk_head) +
-                  first_column + t0 * p.q.stride_t;
-  const bf16 *k = static_cast<const bf16 *>(p.k.data) + first_row(p.k, task, task.qk_head) +
-                  first_column + t0 * p.k.stride_t;
-  const char *g_raw = static_cast<const char *>(p.g.data) +
-                      (first_row(p.g, task, task.head) + first_column + t0 * p.g.stride_t) * g_size;
   const float exp_A =
       p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
   float bias0 = 0, bias1 = 0;
@@ -571,24 +619,21 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 
   const auto load = [&](int chunk) {
     if (chunk < task.chunks && me.active()) {
-      const int first_column = fresh_warp() % GROUP_WARPS * 32;
-      const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
-      copy_rows<32>(q, p.q.stride_t, tokens, params.aligned_q,
-                    [&](int r, int c) { return &shared.q[at<K>(r, first_column + c)]; });
-      copy_rows<32>(k, p.k.stride_t, tokens, params.aligned_k,
-                    [&](int r, int c) { return &shared.k[at<K>(r, first_column + c)]; });
+      const int column = fresh_warp() % GROUP_WARPS * 32; /* a warp has 32 */
+      const int t = chunk * CHUNK, left = task.length - t, tokens = left < CHUNK ? left : CHUNK;
+      copy_rows<32>(task.q + t * p.q.stride_t + column, p.q.stride_t, tokens, params.aligned_q,
+                    [&](int r, int c) { return &shared.q[at(r, column + c)]; });
+      copy_rows<32>(task.k + t * p.k.stride_t + column, p.k.stride_t, tokens, params.aligned_k,
+                    [&](int r, int c) { return &shared.k[at(r, column + c)]; });
       if (g_is_f32)
-        copy_rows<32>(reinterpret_cast<const float *>(g_raw), p.g.stride_t, tokens,
-                      params.aligned_g,
-                      [&](int r, int c) { return &shared.g[r * K + first_column + c]; });
+        copy_rows<32>(reinterpret_cast<const float *>(task.g) + t * p.g.stride_t + column,
+                      p.g.stride_t, tokens, params.aligned_g,
+                      [&](int r, int c) { return &shared.g[r * K + column + c]; });
       else
-        copy_rows<32>(reinterpret_cast<const bf16 *>(g_raw), p.g.stride_t, tokens,
-                      params.aligned_g, [&](int r, int c) {
-                        return reinterpret_cast<bf16 *>(shared.g) + at<K>(r, first_column + c);
+        copy_rows<32>(reinterpret_cast<const bf16 *>(task.g) + t * p.g.stride_t + column,
+                      p.g.stride_t, tokens, params.aligned_g, [&](int r, int c) {
+                        return reinterpret_cast<bf16 *>(shared.g) + at(r, column + c);
                       });
-      q += GROUPS * CHUNK * p.q.stride_t;
-      k += GROUPS * CHUNK * p.k.stride_t;
-      g_raw += GROUPS * CHUNK * p.g.stride_t * g_size;
     }
     cute::cp_async_fence();
   };
@@ -617,7 +662,7 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const uint32_t pair =
-              *reinterpret_cast<const uint32_t *>(raw + at<K>(me.half * 8 + i, 2 * me.pair));
+              *reinterpret_cast<const uint32_t *>(raw + me.place(i));
           g[2 * i] = low_of(pair), g[2 * i + 1] = high_of(pair);
         }
       }
@@ -648,24 +693,23 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
     /* Everything that the state warps will read is made before the buffer is asked for: the shorter the
      * way from empty to full, the less they wait. */
     float k_squares[8], q_squares[8];
-    uint32_t k_new[8], q_new[8], k_end[8], k_inverse[8];
-    float2 to_anchor, to_end;
+    uint32_t k_new[8], q_new[8], k_end[8], k_end_low[8];
+    float2 decay; /* half 0: e^m, half 1: e^{G_C} */
     if (me.active()) {
       /* The anchor m is the sum over half 0; R = G_C - m the sum over half 1. */
       const float other0 = __shfl_xor_sync(0xffffffffu, sum0, 16);
       const float other1 = __shfl_xor_sync(0xffffffffu, sum1, 16);
       const float end0 = exp2_approx(me.half ? sum0 : other0);
       const float end1 = exp2_approx(me.half ? sum1 : other1);
-      to_anchor = make_float2(exp2_approx(me.half ? other0 : sum0),
-                              exp2_approx(me.half ? other1 : sum1));
-      to_end = make_float2(end0, end1);
+      decay = make_float2(exp2_approx(me.half ? other0 + sum0 : sum0),
+                          exp2_approx(me.half ? other1 + sum1 : sum1));
       /* D = G - m: behind the anchor a sum from it on; before it, minus the sum up to it. */
       float D0 = me.half ? 0 : -sum0, D1 = me.half ? 0 : -sum1;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         D0 += g[2 * i];
         D1 += g[2 * i + 1];
-        const int place = at<K>(me.half * 8 + i, 2 * me.pair);
+        const int place = me.place(i);
         const uint32_t k2 = *reinterpret_cast<const uint32_t *>(&shared.k[place]);
         const uint32_t q2 = *reinterpret_cast<const uint32_t *>(&shared.q[place]);
         const float k0 = low_of(k2), k1 = high_of(k2), q0 = low_of(q2), q1 = high_of(q2);
@@ -675,8 +719,9 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
         const float inverse0 = k0 * exp2_approx(-D0), inverse1 = k1 * exp2_approx(-D1);
         k_new[i] = pack(k0 * e0, k1 * e1);
         q_new[i] = pack(q0 * e0, q1 * e1);
-        k_end[i] = pack(inverse0 * end0, inverse1 * end1);
-        k_inverse[i] = pack(inverse0, inverse1);
+        split(inverse0 * end0, inverse1 * end1, k_end[i], k_end_low[i]);
+        /* nobody has read the last chunk's since the group's last barrier */
+        *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = pack(inverse0, inverse1);
       }
       if (p.l2norm) {
         const float k_sum = sum_rows(k_squares, me.lane), q_sum = sum_rows(q_squares, me.lane);
@@ -687,28 +732,27 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
         }
       }
     }
-    if (turn) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
+    if (turn) wait(block.empty[me.group], turn - 1);
     float triangle[4];
     if (by_levels) {
       const float4 all = factors_by_levels<K>(shared);
       triangle[0] = all.x, triangle[1] = all.y, triangle[2] = all.z, triangle[3] = all.w;
+      arrive(block.factored[me.group]);
       group_sync(me.group);
       load(chunk + GROUPS);
     } else {
       if (me.active()) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int place = at<K>(me.half * 8 + i, 2 * me.pair);
+          const int place = me.place(i);
           *reinterpret_cast<uint32_t *>(&to.k[place]) = k_new[i];
           *reinterpret_cast<uint32_t *>(&to.q[place]) = q_new[i];
           *reinterpret_cast<uint32_t *>(&to.k_end[place]) = k_end[i];
-          *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = k_inverse[i];
+          *reinterpret_cast<uint32_t *>(&to.k_end_low[place]) = k_end_low[i];
         }
-        if (me.half == 0) {
-          *reinterpret_cast<float2 *>(&to.to_anchor[2 * me.pair]) = to_anchor;
-          *reinterpret_cast<float2 *>(&to.to_end[2 * me.pair]) = to_end;
-        }
+        *reinterpret_cast<float2 *>(&(me.half ? to.decay : to.to_anchor)[2 * me.pair]) = decay;
       }
+      arrive(block.factored[me.group]);
       group_sync(me.group);
       load(chunk + GROUPS); /* the raw rows have been read */
       multiply_triangle<K>(triangle, me.warp < 2 ? to.k : to.q, shared.k_inverse, me.warp, me.lane);
@@ -731,10 +775,8 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
     }
     group_sync(me.group);
     if (solver) solve<K>(p, shared, turn, me.lane, beta);
-    cutlass::arch::NamedBarrier::arrive(HANDOVER, FULL + me.group);
+    arrive(block.solved[me.group]);
   }
-  /* Leave no arrival behind: the state warps arrive at EMPTY once for every chunk. */
-  if (task.chunks > me.group) cutlass::arch::NamedBarrier::sync(HANDOVER, EMPTY + me.group);
 }
 
 /* ---- state warps ----------------------------------------------------------------------------------- */
@@ -808,11 +850,13 @@ struct State {
           *reinterpret_cast<float *>(at) = a, *reinterpret_cast<float *>(at + step) = b;
         });
     } else if (paired(data, sv, sk, 2)) {
-      each_pair(data, sv, 2, [](char *at, int64_t, float &a, float &b) {
+      each_pair(data, sv, 2, [](char *at, int64_t, float a, float b) {
+        asm volatile("" : "+f"(a), "+f"(b)); /* or all of S is packed ahead, and spilled */
         *reinterpret_cast<uint32_t *>(at) = pack(a, b);
       });
     } else {
-      each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
+      each_pair(data, sv, sk, [](char *at, int64_t step, float a, float b) {
+        asm volatile("" : "+f"(a), "+f"(b));
         *reinterpret_cast<bf16 *>(at) = __float2bfloat16_rn(a);
         *reinterpret_cast<bf16 *>(at + step) = __float2bfloat16_rn(b);
       });
@@ -926,7 +970,6 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
   constexpr int M = 1;        /* tiles of 16 value rows a warp */
   constexpr int COLUMNS = 16; /* value columns a warp */
   constexpr int PITCH = Shared<K, VP>::V_PITCH;
-  constexpr int HANDOVER = Shared<K, VP>::HANDOVER;
   const fkda_problem &p = params.problem;
   const auto state_warp = [] { return fresh_warp() - Shared<K, VP>::STATES / 32; };
   const auto first_column = [&] { return task.v_begin + state_warp() * COLUMNS; };
@@ -941,7 +984,7 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     }
     cute::cp_async_fence();
   };
-  for (int s = 0; s < V_STAGES - 1; ++s) load(s);
+  load(0);
 
   State<K, M> S;
   if (task.load_initial)
@@ -963,10 +1006,11 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     const int group = chunk % GROUPS;
     const Factors<K> &f = shared.groups[group].factors;
     bf16 *tile = shared.v[chunk % V_STAGES][state_warp()];
-    cutlass::arch::NamedBarrier::sync(HANDOVER, FULL + group);
+    load(chunk + 1); /* its place was left by the chunk before */
+    wait(shared.factored[group], chunk / GROUPS);
 
     const int lane = fresh_lane();
-    /* X[v,i] = sum_k S1[v,k] K'[i,k] (n = 0, 1) and Q' (n = 2, 3); S <- S e^m e^{G_C-m} on the way. */
+    /* X[v,i] = sum_k S[v,k] e^m K'[i,k] (n = 0, 1) and Q' (n = 2, 3); S <- S e^{G_C} on the way. */
     float X[M][4][4];
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -975,17 +1019,17 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
 #pragma unroll
         for (int i = 0; i < 4; ++i) X[m][n][i] = 0;
     /* matrices: tokens 0-7 channels 0-7, tokens 0-7 channels 8-15, tokens 8-15 likewise */
-    const int b_at = at<K>((lane & 7) + ((lane >> 4) << 3), ((lane >> 3) & 1) * 8);
+    const int b_at = at((lane & 7) + ((lane >> 4) << 3), ((lane >> 3) & 1) * 8);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
       uint32_t bk[4], bq[4];
-      load_matrices(bk, f.k + (b_at ^ k));
-      load_matrices(bq, f.q + (b_at ^ k));
-      float2 in[2], end[2];
+      load_matrices(bk, f.k + b_at + k / 16 * BLOCK);
+      load_matrices(bq, f.q + b_at + k / 16 * BLOCK);
+      float2 in[2], decay[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         in[h] = *reinterpret_cast<const float2 *>(&f.to_anchor[k + 8 * h + 2 * (lane & 3)]);
-        end[h] = *reinterpret_cast<const float2 *>(&f.to_end[k + 8 * h + 2 * (lane & 3)]);
+        decay[h] = *reinterpret_cast<const float2 *>(&f.decay[k + 8 * h + 2 * (lane & 3)]);
       }
 #pragma unroll
       for (int m = 0; m < M; ++m) {
@@ -993,10 +1037,9 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float(&s)[4] = S.s[m][k / 8 + h];
-          s[0] *= in[h].x, s[1] *= in[h].y, s[2] *= in[h].x, s[3] *= in[h].y;
-          a[2 * h] = pack(s[0], s[1]);
-          a[2 * h + 1] = pack(s[2], s[3]);
-          s[0] *= end[h].x, s[1] *= end[h].y, s[2] *= end[h].x, s[3] *= end[h].y;
+          a[2 * h] = pack(s[0] * in[h].x, s[1] * in[h].y);
+          a[2 * h + 1] = pack(s[2] * in[h].x, s[3] * in[h].y);
+          s[0] *= decay[h].x, s[1] *= decay[h].y, s[2] *= decay[h].x, s[3] *= decay[h].y;
         }
         mma(X[m][0], a, bk[0], bk[1]);
         mma(X[m][1], a, bk[2], bk[3]);
@@ -1005,8 +1048,8 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
       }
     }
 
-    cute::cp_async_wait<V_STAGES - 2>(); /* this chunk's v */
-    __syncwarp();
+    cute::cp_async_wait<1>(); /* this chunk's v: all but the last load */
+    wait(shared.solved[group], chunk / GROUPS);
     float2 norm_k[2], beta[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -1036,8 +1079,7 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
           const uint32_t vv = values[2 * n + h];
           const float w0 = beta[n].x * fmaf(-norm_k[n].x, X[m][n][2 * h], low_of(vv));
           const float w1 = beta[n].y * fmaf(-norm_k[n].y, X[m][n][2 * h + 1], high_of(vv));
-          high[2 * n + h] = pack(w0, w1);
-          low[2 * n + h] = pack(w0 - low_of(high[2 * n + h]), w1 - high_of(high[2 * n + h]));
+          split(w0, w1, high[2 * n + h], low[2 * n + h]);
         }
       /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
 #pragma unroll
@@ -1053,15 +1095,18 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     }
 
     /* (12) S[v,k] += sum_j U[v,j] K-[j,k] */
-    const int k_at = at<K>(lane & 15, (lane >> 4) * 8);
+    const int k_at = at(lane & 15, (lane >> 4) * 8);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
-      uint32_t b[4]; /* tokens 0-7, 8-15 of channels 0-7, then of channels 8-15 */
-      load_transposed(b, f.k_end + (k_at ^ k));
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        mma(S.s[m][k / 8], U[m], b[0], b[1]);
-        mma(S.s[m][k / 8 + 1], U[m], b[2], b[3]);
+      for (const bf16 *part : {f.k_end_low, f.k_end}) {
+        uint32_t b[4]; /* tokens 0-7, 8-15 of channels 0-7, then of channels 8-15 */
+        load_transposed(b, part + k_at + k / 16 * BLOCK);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          mma(S.s[m][k / 8], U[m], b[0], b[1]);
+          mma(S.s[m][k / 8 + 1], U[m], b[2], b[3]);
+        }
       }
     }
 
@@ -1070,8 +1115,7 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
 #pragma unroll
     for (int n = 0; n < 2; ++n)
       norm_q[n] = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
-    cutlass::arch::NamedBarrier::arrive(HANDOVER, EMPTY + group);
-    __syncwarp();
+    arrive(shared.empty[group]);
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -1104,7 +1148,6 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
         to[i / COLUMNS * p.out.stride_t + i % COLUMNS] = tile[i / COLUMNS * PITCH + i % COLUMNS];
     }
     __syncwarp();
-    load(chunk + V_STAGES - 1);
   }
 }
 
@@ -1115,7 +1158,14 @@ __device__ __forceinline__ void prefill(const fkda_portable_params &params) {
   static_assert(sizeof(Shared<K, VP>) == FKDA_PORTABLE_PREFILL_SHARED(K, VP),
                 "shared memory");
   Shared<K, VP> &shared = *reinterpret_cast<Shared<K, VP> *>(memory);
-  if (threadIdx.x == 0) shared.task = find_task(params, VP);
+  if (threadIdx.x == 0) {
+    for (int group = 0; group < GROUPS; ++group) {
+      init(shared.factored[group], GROUP_WARPS);
+      init(shared.solved[group], GROUP_WARPS);
+      init(shared.empty[group], Shared<K, VP>::STATE_WARPS);
+    }
+    shared.task = find_task(params, VP);
+  }
   __syncthreads();
   const Task &task = shared.task;
   if (task.skip) return;
