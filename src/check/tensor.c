@@ -167,8 +167,9 @@ static fkda_status check_strides(const char *name, const fkda_tensor *t, fkda_fo
     fits &= !__builtin_add_overflow(extent, step, &extent);
   }
   *size = (size_of_tensor){element, elements, extent};
-  if (!fits || extent > FKDA_MAX_EXTENT || elements > FKDA_MAX_EXTENT / element)
-    return fail_size(name, t);
+  int64_t bytes = 0;
+  fits &= !__builtin_mul_overflow(elements, element, &bytes);
+  if (!fits || extent > FKDA_MAX_EXTENT || bytes > FKDA_MAX_EXTENT) return fail_size(name, t);
   /* nearly every tensor has its dimensions in order; only others need a closer look */
   return written && !nested ? fkda_check_self_overlap(name, t) : FKDA_OK;
 }
