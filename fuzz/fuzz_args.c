@@ -464,12 +464,22 @@ static size_t build_summary(fkda_summary_args *a, sizes z) {
 
 static size_t build_backward(fkda_backward_args *a, sizes z) {
   *a = FKDA_BACKWARD_ARGS_INIT;
-  z.B = z.N = below(3);
-  z.T = below(20);
+  const bool ragged = below(2);
+  z.B = ragged ? 1 : below(3);
+  z.T = below(40);
+  z.N = ragged ? below(5) : z.B;
   COMMON(a);
+  if (ragged) make_cu_seqlens(&a->cu_seqlens, &z);
   MAKE(&a->q, READ, z.io, z.B, z.T, z.H, z.K);
+  if (below(2)) make_state(&a->initial_state, READ, &z, FKDA_F32, z.N);
+  if (below(3) == 0) {
+    a->checkpoint_every = 16;
+    make_state(&a->checkpoint_state, READ, &z, FKDA_BF16, z.N + 2 + below(3));
+  }
   MAKE(&a->d_out, READ, z.io, z.B, z.T, z.HV, z.V);
   MAKE(&a->d_q, WRITTEN, z.io, z.B, z.T, z.H, z.K);
+  if (below(2)) MAKE(&a->d_k, WRITTEN, FKDA_F32, z.B, z.T, z.H, z.K);
+  if (below(2)) MAKE(&a->d_v, WRITTEN, z.io, z.B, z.T, z.HV, z.V);
   MAKE(&a->d_g, WRITTEN, z.side, z.B, z.T, z.HV, z.K);
   MAKE(&a->d_beta, WRITTEN, z.side, z.B, z.T, z.HV);
   MAKE(&a->d_dt_bias, WRITTEN, FKDA_F32, z.HV, z.K);

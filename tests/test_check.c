@@ -31,13 +31,15 @@
 
 static void test_valid_calls(void **state) {
   (void)state;
+  const fkda_tensor none = {0};
   TAKEN(plain_prefill, (void)a);
   TAKEN(ragged_prefill, (void)a);
   TAKEN(plain_decode, (void)a);
   TAKEN(speculative_decode, (void)a);
   TAKEN(plain_summary, (void)a);
-  REFUSED(plain_backward, FKDA_ERROR_UNSUPPORTED, "backward: no backend has a kernel for it yet",
-          (void)a);
+  TAKEN(plain_backward, (void)a);
+  TAKEN(plain_backward, a.d_out = none); /* zero, as what no loss depends on has */
+  TAKEN(plain_backward, (a.d_q = a.d_beta = a.d_dt_bias = none));
 }
 
 /* ---- the struct itself ---- */
@@ -144,7 +146,14 @@ static void test_presence(void **state) {
   REFUSED(plain_summary, INVALID, "k: absent, expected a tensor [B,T,H,K]", a.k = none);
   REFUSED(plain_summary, INVALID, "M: absent, expected a tensor [N,HV,K,K]", a.M = none);
   REFUSED(plain_summary, INVALID, "b: absent, expected a tensor [N,HV,V,K]", a.b = none);
-  REFUSED(plain_backward, INVALID, "d_out: absent, expected a tensor [B,T,HV,V]", a.d_out = none);
+  REFUSED(plain_backward, INVALID,
+          "checkpoint_state: absent, expected a tensor with checkpoint_every",
+          a.checkpoint_every = 16);
+  REFUSED(plain_backward, INVALID,
+          "checkpoint_state: given, expected none without checkpoint_every",
+          a.checkpoint_state = INPUT(FKDA_F32, 2, HV, V, K));
+  REFUSED(plain_backward, INVALID, "checkpoint_every: 8, expected 0 or a multiple of 16",
+          a.checkpoint_every = 8);
   REFUSED(plain_prefill, DTYPE,
           "A_log: dtype none with ndim 1, expected a dtype (an absent tensor is all zero)",
           a.A_log.dtype = FKDA_NONE);
@@ -196,8 +205,16 @@ static void test_dtypes(void **state) {
   REFUSED(speculative_decode, DTYPE, "num_accepted_tokens: dtype float32, expected int32 or int64",
           a.num_accepted_tokens.dtype = FKDA_F32);
   REFUSED(plain_summary, DTYPE, "M: dtype bfloat16, expected float32", a.M.dtype = FKDA_BF16);
-  REFUSED(plain_backward, DTYPE, "d_q: dtype float32, expected bfloat16 (the dtype of q)",
-          a.d_q.dtype = FKDA_F32);
+  REFUSED(plain_backward, DTYPE,
+          "d_q: dtype float16, expected bfloat16 (the dtype of q) or float32",
+          a.d_q.dtype = FKDA_F16);
+  REFUSED(plain_backward, DTYPE, "d_A_log: dtype bfloat16, expected float32",
+          a.d_A_log.dtype = FKDA_BF16);
+  REFUSED_IN_RUN(plain_backward, INVALID,
+                 "checkpoint_state: 1 rows, expected at least 2 (one for every 16 tokens)",
+                 (a.checkpoint_every = 16, a.checkpoint_state = INPUT(FKDA_F32, 1, HV, V, K)));
+  REFUSED_IN_RUN(plain_backward, INVALID, "d_v: overlaps v, expected memory of its own",
+                 a.d_v = a.v);
 
   /* the reference, named as such, takes float64 anywhere */
   TAKEN(plain_prefill, (a.backend = "reference", a.out = OUTPUT(FKDA_F64, B, T, HV, V),

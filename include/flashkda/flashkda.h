@@ -329,9 +329,20 @@ FKDA_API fkda_status fkda_summary(const fkda_summary_args *args);
 
 /* ---- backward (experimental: may change or go in any release) ------------------------------- */
 
-/** Arguments of fkda_backward(): gradients of a prefill. Fields as in fkda_prefill_args; each gradient
- *  has the shape of what it belongs to and is computed only if present. No backend has a kernel yet:
- *  every call answers FKDA_ERROR_UNSUPPORTED. */
+/** Arguments of fkda_backward(): gradients of a prefill, docs/math.md "Gradients". Inputs and options are
+ *  those of the fkda_prefill_args whose gradients are wanted: fields of the same name mean the same.
+ *
+ *  With L the loss, the caller passes dL/d(out) and dL/d(final_state) and receives the derivatives by what
+ *  the prefill was given: by the raw q, k, g and beta, through (1)-(3), not by what these become. A gradient
+ *  is computed only if its tensor is present, and is overwritten, not added to. Where a token's g is
+ *  clamped, nothing flows to g, A_log and dt_bias.
+ *
+ *  Nothing of the prefill but its inputs is needed: states on the way are computed again, from
+ *  checkpoint_state where the caller has kept them, else from initial_state.
+ *
+ *  With grouped value heads d_q and d_k of a head are sums over its group. d_A_log and d_dt_bias are sums over
+ *  all sequences. All sums are taken in a fixed order: results depend neither on the number of threads
+ *  nor on the run. */
 typedef struct fkda_backward_args {
   FKDA_ARGS_HEADER;
 
@@ -350,24 +361,33 @@ typedef struct fkda_backward_args {
   fkda_tensor A_log;
   fkda_tensor dt_bias;
   fkda_tensor cu_seqlens;
-  int32_t state_layout;
-  int32_t reserved0; /* 0 */
-  fkda_tensor initial_state;
+  int32_t state_layout;      /* of every state and state gradient */
+  int32_t reserved0;         /* 0 */
+  fkda_tensor initial_state; /* [N,HV,V,K] bf16 or f32; absent: zero */
 
-  fkda_tensor d_out;         /* [B,T,HV,V] */
-  fkda_tensor d_final_state; /* [N,HV,V,K]; absent: 0 */
+  /* States that the prefill stored with checkpoint_every and checkpoint_before = 1: [R,HV,V,K] or
+   * [B,R/B,HV,V,K], bf16, f16 or f32, where row j of a sequence is the state before token j*every. Saves
+   * computing them again; with rounded ones the gradients are those of a prefill that rounds there. */
+  fkda_tensor checkpoint_state;
+  int64_t checkpoint_every; /* a multiple of 16; 0 without checkpoint_state */
 
-  fkda_tensor d_q; /* written, like every gradient below */
-  fkda_tensor d_k;
-  fkda_tensor d_v;
-  fkda_tensor d_g;
-  fkda_tensor d_beta;
-  fkda_tensor d_A_log;   /* [HV] f32 */
-  fkda_tensor d_dt_bias; /* [HV,K] f32 */
-  fkda_tensor d_initial_state;
+  fkda_tensor d_out;         /* [B,T,HV,V] io dtype or f32; absent: 0 */
+  fkda_tensor d_final_state; /* [N,HV,V,K] bf16 or f32; absent: 0 */
+
+  /* Written, each in the shape of what it belongs to, innermost dimension contiguous. Rows of no sequence
+   * stay untouched. None may overlap any other tensor. */
+  fkda_tensor d_q;             /* [B,T,H,K]  io dtype or f32 */
+  fkda_tensor d_k;             /* [B,T,H,K]  io dtype or f32 */
+  fkda_tensor d_v;             /* [B,T,HV,V] io dtype or f32 */
+  fkda_tensor d_g;             /* [B,T,HV,K] io dtype or f32 */
+  fkda_tensor d_beta;          /* [B,T,HV]   io dtype or f32 */
+  fkda_tensor d_A_log;         /* [HV] f32; absent with the direct gate */
+  fkda_tensor d_dt_bias;       /* [HV,K] f32; absent with the direct gate */
+  fkda_tensor d_initial_state; /* [N,HV,V,K] bf16 or f32, whether or not initial_state is there */
 } fkda_backward_args;
 
-/** Backward. Experimental. */
+/** Backward. Writes the gradients asked for. Backends: the CPU's and the reference (which also takes f64 for
+ *  any floating-point tensor). Errors as fkda_prefill(). Experimental. */
 FKDA_API fkda_status fkda_backward(const fkda_backward_args *args);
 
 /* ---- initialisers --------------------------------------------------------------------------- */

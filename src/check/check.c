@@ -448,14 +448,28 @@ static fkda_status check_prefill_state(fkda_checker *c, const char *name, const 
 
 /* ---- checkpoints ---- */
 
+static fkda_status check_every(int64_t every) {
+  return every >= 0 && every % FKDA_CHUNK_MULTIPLE == 0
+             ? FKDA_OK
+             : fkda_fail(INVALID, "checkpoint_every: %lld, expected 0 or a multiple of %d",
+                         (ll)every, FKDA_CHUNK_MULTIPLE);
+}
+
+static void set_interval(fkda_checkpoints *x, int64_t every, bool before) {
+  /* every interval longer than any sequence means the same: keep it where sums cannot overflow */
+  const int64_t longest = 2 * FKDA_MAX_ROWS;
+  x->mode = FKDA_CHECKPOINT_EVERY;
+  x->every = every < longest ? every : longest;
+  x->before = before;
+}
+
 /* "checkpoint_state: shape [..], expected .." of the rank that the other options ask for. */
-static fkda_status check_checkpoint_state(fkda_checker *c, const fkda_prefill_args *a, bool indexed,
-                                          int64_t rows) {
+static fkda_status check_checkpoint_state(fkda_checker *c, const fkda_tensor *state, bool indexed,
+                                          int64_t rows, bool written) {
   fkda_problem *p = c->problem;
   fkda_checkpoints *x = &p->checkpoints;
-  const fkda_tensor *state = &a->checkpoint_state;
   const uint32_t dtypes = STATE_DTYPES | FKDA_DTYPE_BIT(FKDA_F16);
-  fkda_form form = state_form(p, indexed ? -1 : rows, dtypes, true);
+  fkda_form form = state_form(p, indexed ? -1 : rows, dtypes, written);
   form.state = indexed; /* with slots of its own it may lie in the pool that the call works on */
   if (!indexed) form.dims = state_dims(p, "R,HV,V,K", "R,HV,K,V");
   const bool five = !indexed && (x->mode == FKDA_CHECKPOINT_OFFSETS ||
@@ -504,9 +518,7 @@ static fkda_status check_checkpoints(fkda_checker *c, const fkda_prefill_args *a
   TRY(fkda_check_presence(c, "checkpoint_state_indices", &a->checkpoint_state_indices, &indexed));
   TRY(check_bool("checkpoint_before", a->checkpoint_before));
   const bool every = a->checkpoint_every != 0;
-  if (a->checkpoint_every < 0 || a->checkpoint_every % FKDA_CHUNK_MULTIPLE)
-    return fkda_fail(INVALID, "checkpoint_every: %lld, expected 0 or a multiple of %d",
-                     (ll)a->checkpoint_every, FKDA_CHUNK_MULTIPLE);
+  TRY(check_every(a->checkpoint_every));
   if (every && offsets)
     return fkda_fail(INVALID, "checkpoint_every: %lld, expected 0 with checkpoint_offsets",
                      (ll)a->checkpoint_every);
@@ -531,11 +543,7 @@ static fkda_status check_checkpoints(fkda_checker *c, const fkda_prefill_args *a
   const fkda_tensor *offset = &a->checkpoint_offsets, *slot = &a->checkpoint_state_indices;
   fkda_form index = index_form(-1, "R", NULL);
   if (every) {
-    x->mode = FKDA_CHECKPOINT_EVERY;
-    /* every interval longer than any sequence means the same: keep it where sums cannot overflow */
-    const int64_t longest = 2 * FKDA_MAX_ROWS;
-    x->every = a->checkpoint_every < longest ? a->checkpoint_every : longest;
-    x->before = a->checkpoint_before;
+    set_interval(x, a->checkpoint_every, a->checkpoint_before);
   } else if (packed) {
     x->mode = FKDA_CHECKPOINT_PACKED;
     TRY(fkda_check_tensor(c, "checkpoint_offsets", offset, &index));
@@ -572,7 +580,7 @@ static fkda_status check_checkpoints(fkda_checker *c, const fkda_prefill_args *a
     x->slots = indices_of(c, slot);
     if (every) x->rows = slot->shape[0];
   }
-  TRY(check_checkpoint_state(c, a, indexed, every ? -1 : x->rows));
+  TRY(check_checkpoint_state(c, &a->checkpoint_state, indexed, every ? -1 : x->rows, true));
   if (every && !indexed) x->rows = x->state.slots;
   if (x->mode == FKDA_CHECKPOINT_OFFSETS && x->per_sequence == 0) *x = (fkda_checkpoints){0};
   return FKDA_OK;
@@ -676,70 +684,114 @@ static fkda_status check_summary(fkda_checker *c, const fkda_summary_args *a) {
   return FKDA_OK;
 }
 
-/* A gradient, if asked for: the shape of what it belongs to. */
-static fkda_status check_gradient(fkda_checker *c, const char *name, const fkda_tensor *t,
-                                  fkda_form form) {
-  bool present;
-  TRY(fkda_check_presence(c, name, t, &present));
-  form.written = true;
-  form.strides = FKDA_STRIDES_INNER;
-  return present ? fkda_check_tensor(c, name, t, &form) : FKDA_OK;
+/* A tensor that need not be there. */
+static fkda_status check_optional(fkda_checker *c, const char *name, const fkda_tensor *t,
+                                  const fkda_form *form, bool *present) {
+  TRY(fkda_check_presence(c, name, t, present));
+  return *present ? fkda_check_tensor(c, name, t, form) : FKDA_OK;
 }
 
-static fkda_status check_backward(fkda_checker *c, const fkda_backward_args *a) {
-  fkda_problem *p = c->problem;
-  const token_args tokens = {TOKEN_ARGS(a), .q = &a->q, .scale = a->scale};
-  TRY(check_reserved(a->reserved0));
-  TRY(check_layout(c, a->state_layout));
-  TRY(check_tokens(c, &tokens));
-  TRY(check_sequences(c, &a->cu_seqlens));
-  const fkda_tensor none = {0};
-  TRY(check_prefill_state(c, "initial_state", &a->initial_state, "initial_state_indices", &none,
-                          false, &p->initial, &p->initial_indices));
+static fkda_status check_rows(fkda_checker *c, const char *name, const fkda_tensor *t,
+                              const fkda_form *form, fkda_rows *rows) {
+  bool present;
+  TRY(check_optional(c, name, t, form, &present));
+  if (present) *rows = rows_of(c, t);
+  return FKDA_OK;
+}
 
-  const uint32_t io = FKDA_DTYPE_BIT(p->io_dtype), f32 = FKDA_DTYPE_BIT(FKDA_F32);
+static fkda_status check_states(fkda_checker *c, const char *name, const fkda_tensor *t,
+                                const fkda_form *form, fkda_states *states) {
+  bool present;
+  TRY(check_optional(c, name, t, form, &present));
+  if (present) *states = states_of(c, t);
+  return FKDA_OK;
+}
+
+/* States kept by the prefill: its checkpoints by interval, as an input. */
+static fkda_status check_kept_states(fkda_checker *c, const fkda_backward_args *a) {
+  fkda_checkpoints *x = &c->problem->checkpoints;
+  bool present;
+  TRY(fkda_check_presence(c, "checkpoint_state", &a->checkpoint_state, &present));
+  TRY(check_every(a->checkpoint_every));
+  if (present && !a->checkpoint_every)
+    return fkda_fail(INVALID, "checkpoint_state: given, expected none without checkpoint_every");
+  if (!present && a->checkpoint_every)
+    return fkda_fail(INVALID, "checkpoint_state: absent, expected a tensor with checkpoint_every");
+  if (!present) return FKDA_OK;
+  set_interval(x, a->checkpoint_every, true);
+  TRY(check_checkpoint_state(c, &a->checkpoint_state, false, -1, false));
+  x->rows = x->state.slots;
+  return FKDA_OK;
+}
+
+/* Gradients: each has the shape of what it belongs to. */
+static fkda_status check_gradients(fkda_checker *c, const fkda_backward_args *a) {
+  fkda_problem *p = c->problem;
+  const uint32_t f32 = FKDA_DTYPE_BIT(FKDA_F32);
   fkda_form form = {.dims = "B,T,HV,V",
                     .ndim = 4,
                     .shape = {p->B, p->T, p->HV, p->V},
                     .match = "v",
-                    .dtypes = io,
+                    .dtypes = FKDA_DTYPE_BIT(p->io_dtype) | f32,
                     .io_dtype = p->io_dtype,
                     .io_of = "q",
                     .strides = FKDA_STRIDES_INNER};
-  TRY(check_required(c, "d_out", &a->d_out, &form));
-  TRY(check_gradient(c, "d_v", &a->d_v, form));
+  TRY(check_rows(c, "d_out", &a->d_out, &form, &p->d_out));
+  form.written = true;
+  TRY(check_rows(c, "d_v", &a->d_v, &form, &p->d_v));
   form.dims = "B,T,H,K";
   form.match = "q";
   form.shape[2] = p->H;
   form.shape[3] = p->K;
-  TRY(check_gradient(c, "d_q", &a->d_q, form));
-  TRY(check_gradient(c, "d_k", &a->d_k, form));
+  TRY(check_rows(c, "d_q", &a->d_q, &form, &p->d_q));
+  TRY(check_rows(c, "d_k", &a->d_k, &form, &p->d_k));
   form.dims = "B,T,HV,K";
   form.match = "g";
   form.shape[2] = p->HV;
-  form.dtypes = io | f32;
-  TRY(check_gradient(c, "d_g", &a->d_g, form));
+  TRY(check_rows(c, "d_g", &a->d_g, &form, &p->d_g));
   form.dims = "B,T,HV";
   form.match = "beta";
   form.ndim = 3;
-  TRY(check_gradient(c, "d_beta", &a->d_beta, form));
+  TRY(check_rows(c, "d_beta", &a->d_beta, &form, &p->d_beta));
 
-  bool present;
   form = state_form(p, p->N, STATE_DTYPES, false);
-  TRY(fkda_check_presence(c, "d_final_state", &a->d_final_state, &present));
-  if (present) TRY(fkda_check_tensor(c, "d_final_state", &a->d_final_state, &form));
   form.state = false;
-  TRY(check_gradient(c, "d_initial_state", &a->d_initial_state, form));
+  TRY(check_states(c, "d_final_state", &a->d_final_state, &form, &p->d_final));
+  form.written = true;
+  TRY(check_states(c, "d_initial_state", &a->d_initial_state, &form, &p->d_initial));
 
   if (p->gate == FKDA_GATE_DIRECT) {
     TRY(check_absent(c, "d_A_log", &a->d_A_log, "with the direct gate"));
     return check_absent(c, "d_dt_bias", &a->d_dt_bias, "with the direct gate");
   }
-  form = (fkda_form){.dims = "HV", .ndim = 1, .shape = {p->HV, p->K}, .dtypes = f32};
-  TRY(check_gradient(c, "d_A_log", &a->d_A_log, form));
+  bool present;
+  form = (fkda_form){.dims = "HV",
+                     .ndim = 1,
+                     .shape = {p->HV, p->K},
+                     .dtypes = f32,
+                     .strides = FKDA_STRIDES_CONTIGUOUS,
+                     .written = true};
+  TRY(check_optional(c, "d_A_log", &a->d_A_log, &form, &present));
+  if (present) p->d_A_log = vector_of(c, &a->d_A_log);
   form.dims = "HV,K";
   form.ndim = 2;
-  return check_gradient(c, "d_dt_bias", &a->d_dt_bias, form);
+  TRY(check_optional(c, "d_dt_bias", &a->d_dt_bias, &form, &present));
+  if (present) p->d_dt_bias = vector_of(c, &a->d_dt_bias);
+  return FKDA_OK;
+}
+
+static fkda_status check_backward(fkda_checker *c, const fkda_backward_args *a) {
+  fkda_problem *p = c->problem;
+  const token_args tokens = {TOKEN_ARGS(a), .q = &a->q, .scale = a->scale};
+  const fkda_tensor none = {0};
+  TRY(check_reserved(a->reserved0));
+  TRY(check_layout(c, a->state_layout));
+  TRY(check_tokens(c, &tokens));
+  TRY(check_sequences(c, &a->cu_seqlens));
+  TRY(check_prefill_state(c, "initial_state", &a->initial_state, "initial_state_indices", &none,
+                          false, &p->initial, &p->initial_indices));
+  TRY(check_kept_states(c, a));
+  return check_gradients(c, a);
 }
 
 fkda_status fkda_check(const void *args, int32_t op, bool for_run, fkda_problem *problem) {

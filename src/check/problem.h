@@ -63,7 +63,8 @@ typedef enum fkda_checkpoint_mode {
 
 typedef struct fkda_checkpoints {
   fkda_checkpoint_mode mode;
-  fkda_states state;    /* for OFFSETS without indices: stride_slot advances by one checkpoint and
+  fkda_states
+      state; /* written; read by backward. For OFFSETS without indices: stride_slot advances by one checkpoint and
                         * stride_n by one sequence; elsewhere rows are numbered 0..R-1 */
   int64_t stride_n;     /* OFFSETS without indices only, elements */
   int64_t rows;         /* R, or N*C; by interval R may exceed the rows that the lengths make */
@@ -104,6 +105,11 @@ typedef struct fkda_problem {
   fkda_checkpoints checkpoints;
 
   fkda_states summary_M, summary_b; /* summary: [N,HV,K,K] f32 and [N,HV,V,K] (layout) f32 */
+
+  /* backward; absent ones are not wanted (d_out, d_final: zero). `checkpoints` is an input there. */
+  fkda_rows d_out, d_q, d_k, d_v, d_g, d_beta;
+  fkda_states d_initial, d_final;
+  fkda_vector d_A_log, d_dt_bias; /* [HV], [HV,K] contiguous */
 } fkda_problem;
 
 /* One sequence's place: batch row b, tokens [begin, begin + length). */

@@ -142,8 +142,6 @@ fkda_status fkda_plan_make(const fkda_problem *problem, fkda_plan_t *plan) {
   request r;
   fkda_status status = request_of(problem, &r);
   if (status) return status;
-  if (problem->op == FKDA_OP_BACKWARD)
-    return fkda_fail(FKDA_ERROR_UNSUPPORTED, "backward: no backend has a kernel for it yet");
   if (r.isa && (status = check_isa(&r))) return status;
   const fkda_backend *row;
   for (int32_t i = 0; (row = fkda_backend_at(i)) != NULL; ++i) {
