@@ -1,6 +1,6 @@
 /* fkda_backward() of the reference against finite differences of fkda_prefill(), both in double precision:
  * the one place where gradients are compared with something that is no adjoint. Every other backend is
- * compared with the reference in the case table.
+ * compared with the reference in the case table. And what must be equal to the bit.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -292,13 +292,154 @@ static void clamp_stops_gradients(void **state) {
   release(&x);
 }
 
-/* What is not asked for changes nothing of what is; absent upstream gradients are zeros; states that the
- * prefill has kept serve as well as computing them again. */
-static void subsets(void **state) {
+/* The same problem in f32 on a CPU backend. */
+static void to_f32(problem *x, const char *backend) {
+  fkda_tensor *all[3 * INPUTS + 4];
+  int count = 0;
+  for (int i = 0; i < INPUTS; i++) {
+    all[count++] = input_of(x, (input)i);
+    all[count++] = gradient_of(&x->backward, (input)i);
+  }
+  all[count++] = &x->forward.out;
+  all[count++] = &x->forward.final_state;
+  all[count++] = &x->backward.d_out;
+  all[count++] = &x->backward.d_final_state;
+  for (int i = 0; i < count; i++) {
+    if (!all[i]->dtype) continue;
+    const double *from = all[i]->data;
+    float *to = all[i]->data; /* in place: an element is read before its bytes are written */
+    for (int64_t e = 0; e < elements(all[i]); e++) to[e] = (float)from[e];
+    all[i]->dtype = FKDA_F32;
+  }
+#define SAME(name) x->backward.name = x->forward.name
+  SAME(q), SAME(k), SAME(v), SAME(g), SAME(beta), SAME(A_log), SAME(dt_bias), SAME(initial_state);
+#undef SAME
+  x->forward.backend = x->backward.backend = backend;
+}
+
+static fkda_tensor like(const fkda_tensor *t) {
+  fkda_tensor copy = filled(t->ndim, t->shape, NAN, 0); /* room for f64 */
+  memset(copy.data, 0xff, (size_t)elements(t) * sizeof(double));
+  copy.dtype = t->dtype;
+  return copy;
+}
+
+static void assert_same(const char *what, const fkda_tensor *a, const fkda_tensor *b) {
+  if (memcmp(a->data, b->data, (size_t)elements(a) * fkda_dtype_size(a->dtype)) != 0)
+    fail_msg("%s: other bits", what);
+}
+
+/* What is not asked for changes nothing of what is. */
+static void only_one(problem *x) {
+  for (int i = 0; i < INPUTS; i++) {
+    fkda_backward_args one = x->backward;
+    for (int j = 0; j < INPUTS; j++) *gradient_of(&one, (input)j) = (fkda_tensor){0};
+    const fkda_tensor *all = gradient_of(&x->backward, (input)i);
+    *gradient_of(&one, (input)i) = like(all);
+    assert_int_equal(fkda_backward(&one), FKDA_OK);
+    assert_same(input_names[i], all, gradient_of(&one, (input)i));
+    free(gradient_of(&one, (input)i)->data);
+  }
+}
+
+/* Runs `args`, which differs from x->backward in its inputs only, and expects the same gradients. */
+static void same_gradients(problem *x, const char *what, fkda_backward_args args) {
+  for (int i = 0; i < INPUTS; i++)
+    *gradient_of(&args, (input)i) = like(gradient_of(&x->backward, (input)i));
+  if (fkda_backward(&args) != FKDA_OK) fail_msg("%s: %s", what, fkda_last_error());
+  for (int i = 0; i < INPUTS; i++) {
+    assert_same(what, gradient_of(&x->backward, (input)i), gradient_of(&args, (input)i));
+    free(gradient_of(&args, (input)i)->data);
+  }
+}
+
+/* States that the prefill has kept serve as well as computing them again, and make up for initial_state. */
+static void kept_states(problem *x, int64_t every) {
+  fkda_prefill_args forward = x->forward;
+  fkda_backward_args args = x->backward;
+  const fkda_tensor *state = &forward.initial_state;
+  const int64_t rows = (forward.k.shape[1] + every - 1) / every * forward.k.shape[0];
+  const int64_t shape[4] = {rows, state->shape[1], state->shape[2], state->shape[3]};
+  forward.checkpoint_state = filled(4, shape, NAN, 0);
+  forward.checkpoint_state.dtype = state->dtype;
+  forward.checkpoint_every = args.checkpoint_every = every;
+  forward.checkpoint_before = 1;
+  args.checkpoint_state = forward.checkpoint_state;
+  assert_int_equal(fkda_prefill(&forward), FKDA_OK);
+  args.initial_state = (fkda_tensor){0};
+  same_gradients(x, "kept states", args);
+  free(forward.checkpoint_state.data);
+}
+
+/* An absent upstream gradient is one of zeros. */
+static void absent_upstream(problem *x) {
+  const fkda_tensor d_out = x->backward.d_out, zero = like(&d_out);
+  memset(zero.data, 0, (size_t)elements(&zero) * fkda_dtype_size(zero.dtype));
+  x->backward.d_out = zero;
+  assert_int_equal(fkda_backward(&x->backward), FKDA_OK);
+  fkda_backward_args args = x->backward;
+  args.d_out = (fkda_tensor){0};
+  same_gradients(x, "no d_out", args);
+  x->backward.d_out = d_out;
+  free(zero.data);
+}
+
+/* Two halves, the later one first: its d_initial_state is the earlier one's d_final_state. */
+static void two_halves(problem *x, int64_t at) {
+  const int64_t T = x->forward.q.shape[1];
+  problem parts[2] = {*x, *x};
+  const fkda_tensor middle = like(&x->forward.initial_state), d_middle = like(&middle);
+  fkda_tensor gradients[INPUTS];
+  for (int i = 0; i < INPUTS; i++) gradients[i] = like(gradient_of(&x->backward, (input)i));
+  for (int p = 0; p < 2; p++) {
+    fkda_backward_args *b = &parts[p].backward;
+    for (int i = 0; i < INPUTS; i++) *gradient_of(b, (input)i) = gradients[i];
+    b->d_A_log = b->d_dt_bias = (fkda_tensor){0};
+    fkda_tensor *rows[] = {&parts[p].forward.q,
+                           &parts[p].forward.k,
+                           &parts[p].forward.v,
+                           &parts[p].forward.g,
+                           &parts[p].forward.beta,
+                           &parts[p].forward.out,
+                           &b->q,
+                           &b->k,
+                           &b->v,
+                           &b->g,
+                           &b->beta,
+                           &b->d_out,
+                           &b->d_q,
+                           &b->d_k,
+                           &b->d_v,
+                           &b->d_g,
+                           &b->d_beta};
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+      char *data = rows[i]->data;
+      const int64_t skip = p ? at * rows[i]->stride[1] : 0;
+      rows[i]->data = data + skip * (int64_t)fkda_dtype_size(rows[i]->dtype);
+      rows[i]->shape[1] = p ? T - at : at;
+    }
+  }
+  parts[0].forward.final_state = middle;
+  assert_int_equal(fkda_prefill(&parts[0].forward), FKDA_OK);
+  parts[1].backward.initial_state = middle;
+  parts[1].backward.d_initial_state = parts[0].backward.d_final_state = d_middle;
+  assert_int_equal(fkda_backward(&parts[1].backward), FKDA_OK);
+  assert_int_equal(fkda_backward(&parts[0].backward), FKDA_OK);
+  for (int i = 0; i < INPUTS; i++) {
+    if (i != INPUT_A_log && i != INPUT_dt_bias)
+      assert_same("two halves", gradient_of(&x->backward, (input)i), &gradients[i]);
+    free(gradients[i].data);
+  }
+  free(middle.data);
+  free(d_middle.data);
+}
+
+/* Equalities to the bit, on every backend of the CPU; 600 tokens are more than one segment of states. */
+static void equalities(void **state) {
   (void)state;
-  const setup s = {.name = "subsets",
+  const setup s = {.name = "equal",
                    .B = 2,
-                   .T = 40,
+                   .T = 600,
                    .H = 1,
                    .HV = 2,
                    .K = 3,
@@ -306,42 +447,21 @@ static void subsets(void **state) {
                    .l2norm = 1,
                    .beta_is_logit = 1,
                    .spread = 1};
-  const char *const backends[] = {"reference"};
-  for (size_t which = 0; which < sizeof backends / sizeof backends[0]; which++) {
+  const char *backend;
+  for (int32_t i = 0; (backend = fkda_backend_name(i)) != NULL; i++) {
+    const bool reference = strcmp(backend, "reference") == 0;
+    if (!reference && strncmp(backend, "cpu-", 4) != 0) continue;
+    if (fkda_backend_available(backend) != FKDA_OK) continue;
     problem x;
     make(&x, &s);
-    assert_int_equal(fkda_backward(&x.backward), FKDA_OK);
-    for (int i = 0; i < INPUTS; i++) {
-      fkda_backward_args one = x.backward;
-      for (int j = 0; j < INPUTS; j++) *gradient_of(&one, (input)j) = (fkda_tensor){0};
-      const fkda_tensor all = *gradient_of(&x.backward, (input)i);
-      *gradient_of(&one, (input)i) = filled(all.ndim, all.shape, NAN, 0);
-      void *data = gradient_of(&one, (input)i)->data;
-      assert_int_equal(fkda_backward(&one), FKDA_OK);
-      assert_memory_equal(data, all.data, (size_t)elements(&all) * sizeof(double));
-      /* with the states of the prefill */
-      const int64_t shape[4] = {6, 2, 2, 3};
-      fkda_prefill_args forward = x.forward;
-      forward.checkpoint_state = one.checkpoint_state = filled(4, shape, NAN, 0);
-      forward.checkpoint_every = one.checkpoint_every = 16;
-      forward.checkpoint_before = 1;
-      assert_int_equal(fkda_prefill(&forward), FKDA_OK);
-      one.initial_state = (fkda_tensor){0}; /* row 0 is it */
-      assert_int_equal(fkda_backward(&one), FKDA_OK);
-      assert_memory_equal(data, all.data, (size_t)elements(&all) * sizeof(double));
-      free(forward.checkpoint_state.data);
-      free(data);
-    }
-    fkda_backward_args zero = x.backward;
-    memset(zero.d_out.data, 0, (size_t)elements(&zero.d_out) * sizeof(double));
-    assert_int_equal(fkda_backward(&zero), FKDA_OK);
-    double *kept = malloc((size_t)elements(&zero.d_k) * sizeof(double));
-    assert_non_null(kept);
-    memcpy(kept, zero.d_k.data, (size_t)elements(&zero.d_k) * sizeof(double));
-    zero.d_out = (fkda_tensor){0};
-    assert_int_equal(fkda_backward(&zero), FKDA_OK);
-    assert_memory_equal(kept, zero.d_k.data, (size_t)elements(&zero.d_k) * sizeof(double));
-    free(kept);
+    if (!reference) to_f32(&x, backend);
+    if (fkda_backward(&x.backward) != FKDA_OK) fail_msg("%s: %s", backend, fkda_last_error());
+    only_one(&x);
+    kept_states(&x, 16);
+    kept_states(&x, 112);
+    kept_states(&x, 592);
+    two_halves(&x, 304);
+    absent_upstream(&x);
     release(&x);
   }
 }
@@ -362,7 +482,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(finite_differences),
       cmocka_unit_test(clamp_stops_gradients),
-      cmocka_unit_test(subsets),
+      cmocka_unit_test(equalities),
       cmocka_unit_test(no_sequences),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -78,7 +78,7 @@ static bool apply_options(job *j, const setting *settings, int count) {
   const char *op = lookup(j, settings, count, "op");
   const int32_t number = op ? fkda_op_of(op) : FKDA_OP_PREFILL;
   if (!number || !fkda_call_init(&j->call, number)) {
-    fkda_cli_error("op: \"%.40s\", expected prefill, decode or summary", op);
+    fkda_cli_error("op: \"%.40s\", expected prefill, decode, summary or backward", op);
     return false;
   }
   const char *option;
@@ -253,6 +253,32 @@ static bool prefill_outputs(job *j) {
   return own_output(j, FKDA_FIELD_checkpoint_state, tensor);
 }
 
+/* Every gradient, of the dtype of what it belongs to; d_A_log and d_dt_bias are f32. */
+static bool backward_outputs(job *j) {
+  static const struct {
+    fkda_field input, gradient;
+  } rows[] = {{FKDA_FIELD_q, FKDA_FIELD_d_q},
+              {FKDA_FIELD_k, FKDA_FIELD_d_k},
+              {FKDA_FIELD_v, FKDA_FIELD_d_v},
+              {FKDA_FIELD_g, FKDA_FIELD_d_g},
+              {FKDA_FIELD_beta, FKDA_FIELD_d_beta}};
+  fkda_call *call = &j->call;
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    const fkda_tensor *input = fkda_call_tensor_const(call, rows[i].input);
+    if (!own_output(j, rows[i].gradient,
+                    fkda_tensor_contiguous(NULL, input->dtype, input->ndim, input->shape)))
+      return false;
+  }
+  const int64_t shape[2] = {call->backward.v.shape[2], call->backward.k.shape[3]};
+  const int32_t initial = call->backward.initial_state.dtype;
+  return (call->backward.gate == FKDA_GATE_DIRECT ||
+          (own_output(j, FKDA_FIELD_d_A_log, fkda_tensor_contiguous(NULL, FKDA_F32, 1, shape)) &&
+           own_output(j, FKDA_FIELD_d_dt_bias,
+                      fkda_tensor_contiguous(NULL, FKDA_F32, 2, shape)))) &&
+         own_output(j, FKDA_FIELD_d_initial_state,
+                    states(call, initial ? initial : FKDA_F32, sequences(call)));
+}
+
 static bool make_outputs(job *j) {
   fkda_call *call = &j->call;
   static const fkda_field needed[] = {FKDA_FIELD_k, FKDA_FIELD_v};
@@ -271,6 +297,7 @@ static bool make_outputs(job *j) {
     return own_output(j, FKDA_FIELD_M, fkda_tensor_contiguous(NULL, FKDA_F32, 4, shape)) &&
            own_output(j, FKDA_FIELD_b, states(call, FKDA_F32, N));
   }
+  if (call->header.op == FKDA_OP_BACKWARD) return backward_outputs(j);
   if (!own_output(j, FKDA_FIELD_out, fkda_tensor_contiguous(NULL, v->dtype, 4, v->shape)))
     return false;
   if (call->header.op == FKDA_OP_PREFILL) return prefill_outputs(j);

@@ -63,8 +63,7 @@ typedef enum fkda_checkpoint_mode {
 
 typedef struct fkda_checkpoints {
   fkda_checkpoint_mode mode;
-  fkda_states
-      state; /* written; read by backward. For OFFSETS without indices: stride_slot advances by one checkpoint and
+  fkda_states state;    /* for OFFSETS without indices: stride_slot advances by one checkpoint and
                         * stride_n by one sequence; elsewhere rows are numbered 0..R-1 */
   int64_t stride_n;     /* OFFSETS without indices only, elements */
   int64_t rows;         /* R, or N*C; by interval R may exceed the rows that the lengths make */

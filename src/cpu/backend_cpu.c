@@ -51,14 +51,13 @@ static bool is_f64(int32_t dtype) { return dtype == FKDA_F64; }
 static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,
                      size_t capacity) {
   (void)self;
-  if (p->op == FKDA_OP_BACKWARD) {
-    snprintf(reason, capacity, "has no backward kernel");
-    return false;
-  }
   if (is_f64(p->io_dtype) || is_f64(p->g.dtype) || is_f64(p->beta.dtype) || is_f64(p->out.dtype) ||
       is_f64(p->A_log.dtype) || is_f64(p->dt_bias.dtype) || is_f64(p->initial.dtype) ||
       is_f64(p->final.dtype) || is_f64(p->checkpoints.state.dtype) || is_f64(p->summary_M.dtype) ||
-      is_f64(p->summary_b.dtype)) {
+      is_f64(p->summary_b.dtype) || is_f64(p->d_out.dtype) || is_f64(p->d_final.dtype) ||
+      is_f64(p->d_q.dtype) || is_f64(p->d_k.dtype) || is_f64(p->d_v.dtype) ||
+      is_f64(p->d_g.dtype) || is_f64(p->d_beta.dtype) || is_f64(p->d_A_log.dtype) ||
+      is_f64(p->d_dt_bias.dtype) || is_f64(p->d_initial.dtype)) {
     snprintf(reason, capacity, "computes in float32; only the reference takes float64");
     return false;
   }
@@ -116,6 +115,10 @@ static int64_t widest_V(const fkda_problem *p) {
 
 static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
   const fkda_cpu_kernels *kernels = self->kernels;
+  if (p->op == FKDA_OP_BACKWARD) {
+    fkda_cpu_backward_plan(kernels, p, plan);
+    return;
+  }
   const int32_t threads = fkda_pool_threads();
   const int64_t heads = p->N * p->HV, panels = ceil_div(p->V, kernels->panel);
   bool small;
@@ -216,6 +219,7 @@ static fkda_status launch_decode(const fkda_backend *self, const fkda_problem *p
 
 static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
                           const fkda_plan_t *plan) {
+  if (p->op == FKDA_OP_BACKWARD) return fkda_cpu_backward_launch(self->kernels, p, plan);
   if (p->N * p->HV == 0) return FKDA_OK;
   if (p->op == FKDA_OP_DECODE) return launch_decode(self, p, plan);
 

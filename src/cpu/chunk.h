@@ -416,6 +416,15 @@ static void factors_pairwise(chunk_buffers *b) {
   }
 }
 
+/* diag(beta) of (9) */
+static void scale_triangle(const chunk_buffers *b) {
+  for (int64_t i = 0; i < CHUNK; ++i)
+    for (int64_t j = 0; j < CHUNK; j += LANES) {
+      float *A = b->triangles + i * CHUNK + j;
+      v_store(A, v_mul(v_set(b->beta[i]), v_load(A)));
+    }
+}
+
 /* ---- one chunk: panels of value columns --------------------------------------------------------- */
 
 /* X[r][v] = sum_k [K~; Q~][r][k] S[v][k] */
@@ -483,11 +492,7 @@ static void run_chunk(chunk_buffers *b, const fkda_cpu_job *job, const fkda_span
   } else {
     factors_pairwise(b);
   }
-  for (int64_t i = 0; i < CHUNK; ++i) /* diag(beta) of (9) */
-    for (int64_t j = 0; j < CHUNK; j += LANES) {
-      float *A = b->triangles + i * CHUNK + j;
-      v_store(A, v_mul(v_set(b->beta[i]), v_load(A)));
-    }
+  scale_triangle(b);
   for (int64_t v = 0; v < b->Vp; v += PANEL) {
     float *panel = b->state + v * b->Kp;
     read_state(b, panel, with_output ? 2 * CHUNK : CHUNK);

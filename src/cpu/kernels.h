@@ -1,6 +1,6 @@
 /* What one instruction set offers to the CPU backend.
  *
- * The algorithms stand once, in chunk.h (prefill, summary) and decode.h, over a vector shim:
+ * The algorithms stand once, in chunk.h (prefill, summary), decode.h and backward.h, over a vector shim:
  * simd_avx512.h, simd_avx2.h, simd_neon.h or simd_scalar.h. kernels_<isa>.c includes one shim and both
  * texts, is compiled with that ISA's flags, and exports one table. A shim provides
  *
@@ -11,6 +11,7 @@
  *                              that may be NaN is always written second
  *   v_round, v_scale2 (a*2^n)  n rounded, in [-127, 127]
  *   v_reciprocal, v_rsqrt      to about one ulp
+ *   v_unless_below(a, l, x)    x, or 0 where a < l; of a NaN in a: x
  *   v_any_not_below            true if some a <= limit does not hold (NaN included)
  *   v_load_bf16, v_store_bf16, v_load_f16, v_store_f16, v_transpose
  */
@@ -18,6 +19,8 @@
 #define FKDA_CPU_KERNELS_H
 
 #include "check/problem.h"
+
+struct fkda_plan_t;
 
 /* Tokens a chunk. 16 keeps |G| <= 80 for lower_bound -5, and its triangle cheap. */
 #define FKDA_CPU_CHUNK 16
@@ -37,7 +40,17 @@ typedef struct fkda_cpu_kernels {
   size_t (*prefill_scratch)(int64_t K, int64_t V); /* bytes, a multiple of 64 */
   void (*prefill)(const fkda_cpu_job *job, void *scratch);
   void (*decode)(const fkda_cpu_job *job);
+  /* All of V; job->head is a head of q and k. d_gate [HV][1 + K]: the sequence's parts of d_A_log and d_dt_bias
+   * are added. */
+  size_t (*backward_scratch)(const fkda_problem *problem);
+  void (*backward)(const fkda_cpu_job *job, void *scratch, double *d_gate);
 } fkda_cpu_kernels;
+
+/* Planning and running a backward over any of these (backward.c). */
+void fkda_cpu_backward_plan(const fkda_cpu_kernels *kernels, const fkda_problem *problem,
+                            struct fkda_plan_t *plan);
+fkda_status fkda_cpu_backward_launch(const fkda_cpu_kernels *kernels, const fkda_problem *problem,
+                                     const struct fkda_plan_t *plan);
 
 extern const fkda_cpu_kernels fkda_cpu_kernels_scalar, fkda_cpu_kernels_avx2,
     fkda_cpu_kernels_avx512, fkda_cpu_kernels_neon;

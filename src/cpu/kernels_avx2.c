@@ -3,6 +3,8 @@
 
 #include "cpu/chunk.h"
 #include "cpu/decode.h"
+/* over chunk.h */
+#include "cpu/backward.h"
 
 const fkda_cpu_kernels fkda_cpu_kernels_avx2 = {
     .isa = ISA_NAME,
@@ -10,4 +12,6 @@ const fkda_cpu_kernels fkda_cpu_kernels_avx2 = {
     .prefill_scratch = prefill_scratch,
     .prefill = prefill,
     .decode = decode,
+    .backward_scratch = backward_scratch,
+    .backward = backward,
 };

@@ -23,6 +23,9 @@ static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); 
 static inline vec v_fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 static inline vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
+static inline vec v_unless_below(vec a, vec limit, vec x) {
+  return _mm256_and_ps(_mm256_cmp_ps(a, limit, _CMP_NLT_UQ), x);
+}
 static inline vec v_abs(vec a) { return _mm256_andnot_ps(v_set(-0.0f), a); }
 static inline vec v_rsqrt(vec a) { return _mm256_div_ps(v_set(1), _mm256_sqrt_ps(a)); }
 static inline vec v_reciprocal(vec a) { return _mm256_div_ps(v_set(1), a); }

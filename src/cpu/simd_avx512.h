@@ -24,6 +24,9 @@ static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); 
 static inline vec v_fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 static inline vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
+static inline vec v_unless_below(vec a, vec limit, vec x) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ), x);
+}
 static inline vec v_abs(vec a) { return _mm512_abs_ps(a); }
 static inline vec v_rsqrt(vec a) { return _mm512_div_ps(v_set(1), _mm512_sqrt_ps(a)); }
 static inline vec v_round(vec a) { return _mm512_roundscale_ps(a, 8); }

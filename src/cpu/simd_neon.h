@@ -23,6 +23,9 @@ static inline vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 static inline vec v_fnma(vec a, vec b, vec c) { return vfmsq_f32(c, a, b); }
 static inline vec v_max(vec a, vec b) { return vmaxq_f32(a, b); } /* NaN in either gives NaN */
 static inline vec v_min(vec a, vec b) { return vminq_f32(a, b); }
+static inline vec v_unless_below(vec a, vec limit, vec x) {
+  return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vcltq_f32(a, limit)));
+}
 static inline vec v_abs(vec a) { return vabsq_f32(a); }
 static inline vec v_rsqrt(vec a) { return vdivq_f32(v_set(1), vsqrtq_f32(a)); }
 static inline vec v_reciprocal(vec a) { return vdivq_f32(v_set(1), a); }

@@ -40,6 +40,9 @@ static inline vec v_choose(vec_bits mask, vec yes, vec no) {
 }
 static inline vec v_max(vec a, vec b) { return v_choose(a > b, a, b); }
 static inline vec v_min(vec a, vec b) { return v_choose(a < b, a, b); }
+static inline vec v_unless_below(vec a, vec limit, vec x) {
+  return (vec)((vec_bits)x & ~(vec_bits)(a < limit));
+}
 static inline vec v_abs(vec a) { return (vec)((vec_bits)a & 0x7fffffff); }
 static inline vec v_reciprocal(vec a) { return 1 / a; }
 static inline vec v_rsqrt(vec a) {

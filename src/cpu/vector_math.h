@@ -134,6 +134,14 @@ INLINE float load_scalar(const void *data, int32_t dtype, int64_t offset) {
   return dtype == FKDA_BF16 ? fkda_bf16_to_f32(bits) : fkda_f16_to_f32(bits);
 }
 
+INLINE void store_scalar(void *data, int32_t dtype, int64_t offset, float x) {
+  void *to = (char *)element_at(data, dtype, offset);
+  if (dtype == FKDA_F32)
+    *(float *)to = x;
+  else
+    *(uint16_t *)to = dtype == FKDA_BF16 ? fkda_f32_to_bf16(x) : fkda_f32_to_f16(x);
+}
+
 /* exp(A_log[head]); an absent A_log is 0. */
 INLINE float exp_A_of(const fkda_problem *p, int64_t head) {
   return p->A_log.data ? expf(load_scalar(p->A_log.data, p->A_log.dtype, head)) : 1;

@@ -11,39 +11,52 @@
 
 enum { ABSENT = -1 };
 
-/* Offset of each field in the three structs. */
+/* Offset of each field in the structs. */
 typedef struct field_row {
-  int32_t prefill, decode, summary;
+  int32_t prefill, decode, summary, backward;
 } field_row;
 
 #define P(field) (int32_t) offsetof(fkda_prefill_args, field)
 #define D(field) (int32_t) offsetof(fkda_decode_args, field)
 #define S(field) (int32_t) offsetof(fkda_summary_args, field)
+#define G(field) (int32_t) offsetof(fkda_backward_args, field)
+#define GRADIENT(field) [FKDA_FIELD_##field] = {ABSENT, ABSENT, ABSENT, G(field)}
 
 static const field_row fields[FKDA_FIELDS] = {
-    [FKDA_FIELD_q] = {P(q), D(q), ABSENT},
-    [FKDA_FIELD_k] = {P(k), D(k), S(k)},
-    [FKDA_FIELD_v] = {P(v), D(v), S(v)},
-    [FKDA_FIELD_g] = {P(g), D(g), S(g)},
-    [FKDA_FIELD_beta] = {P(beta), D(beta), S(beta)},
-    [FKDA_FIELD_A_log] = {P(A_log), D(A_log), S(A_log)},
-    [FKDA_FIELD_dt_bias] = {P(dt_bias), D(dt_bias), S(dt_bias)},
-    [FKDA_FIELD_cu_seqlens] = {P(cu_seqlens), ABSENT, S(cu_seqlens)},
-    [FKDA_FIELD_initial_state] = {P(initial_state), ABSENT, ABSENT},
+    [FKDA_FIELD_q] = {P(q), D(q), ABSENT, G(q)},
+    [FKDA_FIELD_k] = {P(k), D(k), S(k), G(k)},
+    [FKDA_FIELD_v] = {P(v), D(v), S(v), G(v)},
+    [FKDA_FIELD_g] = {P(g), D(g), S(g), G(g)},
+    [FKDA_FIELD_beta] = {P(beta), D(beta), S(beta), G(beta)},
+    [FKDA_FIELD_A_log] = {P(A_log), D(A_log), S(A_log), G(A_log)},
+    [FKDA_FIELD_dt_bias] = {P(dt_bias), D(dt_bias), S(dt_bias), G(dt_bias)},
+    [FKDA_FIELD_cu_seqlens] = {P(cu_seqlens), ABSENT, S(cu_seqlens), G(cu_seqlens)},
+    [FKDA_FIELD_initial_state] = {P(initial_state), ABSENT, ABSENT, G(initial_state)},
     [FKDA_FIELD_initial_state_indices] = {P(initial_state_indices), D(initial_state_indices),
-                                          ABSENT},
-    [FKDA_FIELD_final_state_indices] = {P(final_state_indices), D(final_state_indices), ABSENT},
-    [FKDA_FIELD_has_initial_state] = {P(has_initial_state), D(has_initial_state), ABSENT},
-    [FKDA_FIELD_num_accepted_tokens] = {ABSENT, D(num_accepted_tokens), ABSENT},
-    [FKDA_FIELD_checkpoint_offsets] = {P(checkpoint_offsets), ABSENT, ABSENT},
-    [FKDA_FIELD_checkpoint_indptr] = {P(checkpoint_indptr), ABSENT, ABSENT},
-    [FKDA_FIELD_checkpoint_state_indices] = {P(checkpoint_state_indices), ABSENT, ABSENT},
-    [FKDA_FIELD_out] = {P(out), D(out), ABSENT},
-    [FKDA_FIELD_final_state] = {P(final_state), ABSENT, ABSENT},
-    [FKDA_FIELD_checkpoint_state] = {P(checkpoint_state), ABSENT, ABSENT},
-    [FKDA_FIELD_state] = {ABSENT, D(state), ABSENT},
-    [FKDA_FIELD_M] = {ABSENT, ABSENT, S(M)},
-    [FKDA_FIELD_b] = {ABSENT, ABSENT, S(b)},
+                                          ABSENT, ABSENT},
+    [FKDA_FIELD_final_state_indices] = {P(final_state_indices), D(final_state_indices), ABSENT,
+                                        ABSENT},
+    [FKDA_FIELD_has_initial_state] = {P(has_initial_state), D(has_initial_state), ABSENT, ABSENT},
+    [FKDA_FIELD_num_accepted_tokens] = {ABSENT, D(num_accepted_tokens), ABSENT, ABSENT},
+    [FKDA_FIELD_checkpoint_offsets] = {P(checkpoint_offsets), ABSENT, ABSENT, ABSENT},
+    [FKDA_FIELD_checkpoint_indptr] = {P(checkpoint_indptr), ABSENT, ABSENT, ABSENT},
+    [FKDA_FIELD_checkpoint_state_indices] = {P(checkpoint_state_indices), ABSENT, ABSENT, ABSENT},
+    [FKDA_FIELD_out] = {P(out), D(out), ABSENT, ABSENT},
+    [FKDA_FIELD_final_state] = {P(final_state), ABSENT, ABSENT, ABSENT},
+    [FKDA_FIELD_checkpoint_state] = {P(checkpoint_state), ABSENT, ABSENT, ABSENT},
+    [FKDA_FIELD_state] = {ABSENT, D(state), ABSENT, ABSENT},
+    [FKDA_FIELD_M] = {ABSENT, ABSENT, S(M), ABSENT},
+    [FKDA_FIELD_b] = {ABSENT, ABSENT, S(b), ABSENT},
+    GRADIENT(d_out),
+    GRADIENT(d_final_state),
+    GRADIENT(d_q),
+    GRADIENT(d_k),
+    GRADIENT(d_v),
+    GRADIENT(d_g),
+    GRADIENT(d_beta),
+    GRADIENT(d_A_log),
+    GRADIENT(d_dt_bias),
+    GRADIENT(d_initial_state),
 };
 
 static const char *const field_names[FKDA_FIELDS] = {
@@ -68,17 +81,25 @@ bool fkda_call_init(fkda_call *call, int32_t op) {
     case FKDA_OP_PREFILL: call->prefill = FKDA_PREFILL_ARGS_INIT; return true;
     case FKDA_OP_DECODE: call->decode = FKDA_DECODE_ARGS_INIT; return true;
     case FKDA_OP_SUMMARY: call->summary = FKDA_SUMMARY_ARGS_INIT; return true;
+    case FKDA_OP_BACKWARD: call->backward = FKDA_BACKWARD_ARGS_INIT; return true;
     default: return false;
   }
 }
 
-static int32_t pick(int32_t op, int32_t prefill, int32_t decode, int32_t summary) {
-  return op == FKDA_OP_PREFILL ? prefill : op == FKDA_OP_DECODE ? decode : summary;
+static int32_t pick(int32_t op, int32_t prefill, int32_t decode, int32_t summary,
+                    int32_t backward) {
+  switch (op) {
+    case FKDA_OP_PREFILL: return prefill;
+    case FKDA_OP_DECODE: return decode;
+    case FKDA_OP_SUMMARY: return summary;
+    default: return backward;
+  }
 }
 
 fkda_tensor *fkda_call_tensor(fkda_call *call, fkda_field field) {
   const field_row *row = &fields[field];
-  const int32_t offset = pick(call->header.op, row->prefill, row->decode, row->summary);
+  const int32_t offset =
+      pick(call->header.op, row->prefill, row->decode, row->summary, row->backward);
   return offset == ABSENT ? NULL : (fkda_tensor *)(void *)((char *)call + offset);
 }
 
@@ -95,16 +116,18 @@ fkda_status fkda_call_run(const fkda_call *call) {
   switch (call->header.op) {
     case FKDA_OP_PREFILL: return fkda_prefill(&call->prefill);
     case FKDA_OP_DECODE: return fkda_decode(&call->decode);
-    default: return fkda_summary(&call->summary);
+    case FKDA_OP_SUMMARY: return fkda_summary(&call->summary);
+    default: return fkda_backward(&call->backward);
   }
 }
 
-static const char *const op_names[] = {NULL, "prefill", "decode", "summary"};
+static const char *const op_names[] = {NULL, "prefill", "decode", "summary", "backward"};
+enum { OPS = sizeof op_names / sizeof op_names[0] };
 
-const char *fkda_op_name(int32_t op) { return op >= 1 && op <= 3 ? op_names[op] : NULL; }
+const char *fkda_op_name(int32_t op) { return op >= 1 && op < OPS ? op_names[op] : NULL; }
 
 int32_t fkda_op_of(const char *name) {
-  for (int32_t op = 1; op <= 3; op++) {
+  for (int32_t op = 1; op < OPS; op++) {
     if (strcmp(op_names[op], name) == 0) return op;
   }
   return 0;
@@ -123,22 +146,24 @@ typedef enum option_kind {
 typedef struct option_row {
   const char *name;
   option_kind kind;
-  int32_t prefill, decode, summary;
+  int32_t prefill, decode, summary, backward;
 } option_row;
 
 static const option_row options[] = {
-    {"gate", OPTION_GATE, P(gate), D(gate), S(gate)},
-    {"l2norm", OPTION_BOOL, P(l2norm), D(l2norm), S(l2norm)},
-    {"beta_is_logit", OPTION_BOOL, P(beta_is_logit), D(beta_is_logit), S(beta_is_logit)},
-    {"allow_neg_eigval", OPTION_BOOL, P(allow_neg_eigval), D(allow_neg_eigval),
-     S(allow_neg_eigval)},
-    {"lower_bound", OPTION_DOUBLE, P(lower_bound), D(lower_bound), S(lower_bound)},
-    {"scale", OPTION_DOUBLE, P(scale), D(scale), ABSENT},
-    {"state_layout", OPTION_LAYOUT, P(state_layout), D(state_layout), S(state_layout)},
-    {"write_state", OPTION_BOOL, ABSENT, D(write_state), ABSENT},
-    {"checkpoint_every", OPTION_INT64, P(checkpoint_every), ABSENT, ABSENT},
-    {"checkpoint_before", OPTION_BOOL, P(checkpoint_before), ABSENT, ABSENT},
-    {"batch_invariant", OPTION_BOOL, P(batch_invariant), D(batch_invariant), ABSENT},
+    {"gate", OPTION_GATE, P(gate), D(gate), S(gate), G(gate)},
+    {"l2norm", OPTION_BOOL, P(l2norm), D(l2norm), S(l2norm), G(l2norm)},
+    {"beta_is_logit", OPTION_BOOL, P(beta_is_logit), D(beta_is_logit), S(beta_is_logit),
+     G(beta_is_logit)},
+    {"allow_neg_eigval", OPTION_BOOL, P(allow_neg_eigval), D(allow_neg_eigval), S(allow_neg_eigval),
+     G(allow_neg_eigval)},
+    {"lower_bound", OPTION_DOUBLE, P(lower_bound), D(lower_bound), S(lower_bound), G(lower_bound)},
+    {"scale", OPTION_DOUBLE, P(scale), D(scale), ABSENT, G(scale)},
+    {"state_layout", OPTION_LAYOUT, P(state_layout), D(state_layout), S(state_layout),
+     G(state_layout)},
+    {"write_state", OPTION_BOOL, ABSENT, D(write_state), ABSENT, ABSENT},
+    {"checkpoint_every", OPTION_INT64, P(checkpoint_every), ABSENT, ABSENT, ABSENT},
+    {"checkpoint_before", OPTION_BOOL, P(checkpoint_before), ABSENT, ABSENT, ABSENT},
+    {"batch_invariant", OPTION_BOOL, P(batch_invariant), D(batch_invariant), ABSENT, ABSENT},
 };
 enum { OPTIONS = sizeof options / sizeof options[0] };
 
@@ -197,7 +222,8 @@ bool fkda_call_set(fkda_call *call, const char *name, const char *value, char *e
   for (int i = 0; i < OPTIONS; i++) {
     const option_row *row = &options[i];
     if (strcmp(row->name, name) != 0) continue;
-    const int32_t offset = pick(call->header.op, row->prefill, row->decode, row->summary);
+    const int32_t offset =
+        pick(call->header.op, row->prefill, row->decode, row->summary, row->backward);
     if (offset == ABSENT) {
       snprintf(error, capacity, "%s: %s has no such option", name, fkda_op_name(call->header.op));
       return false;
@@ -222,7 +248,8 @@ bool fkda_call_set(fkda_call *call, const char *name, const char *value, char *e
 const char *fkda_call_option(const fkda_call *call, int index, char *text, size_t capacity) {
   if (index < 0 || index >= OPTIONS) return NULL;
   const option_row *row = &options[index];
-  const int32_t offset = pick(call->header.op, row->prefill, row->decode, row->summary);
+  const int32_t offset =
+      pick(call->header.op, row->prefill, row->decode, row->summary, row->backward);
   const void *place = (const char *)call + offset;
   text[0] = 0;
   if (offset == ABSENT) return row->name;
@@ -240,7 +267,7 @@ const char *fkda_call_option(const fkda_call *call, int index, char *text, size_
 
 int32_t fkda_call_layout(const fkda_call *call) {
   return pick(call->header.op, call->prefill.state_layout, call->decode.state_layout,
-              call->summary.state_layout);
+              call->summary.state_layout, call->backward.state_layout);
 }
 
 /* ---- elements ----------------------------------------------------------------------------------- */

@@ -1,4 +1,4 @@
-/* A call as data: the argument structs of prefill, decode and summary behind one type, with their
+/* A call as data: the argument structs of every operation behind one type, with their
  * tensors and options by name. What the case table, the command line's files and JSON share.
  *
  * Uses the public API only.
@@ -19,6 +19,7 @@ typedef union fkda_call {
   fkda_prefill_args prefill;
   fkda_decode_args decode;
   fkda_summary_args summary;
+  fkda_backward_args backward;
 } fkda_call;
 
 /* X(name): every tensor of every operation, by the name of its C field. */
@@ -39,12 +40,22 @@ typedef union fkda_call {
   X(checkpoint_offsets)                                                                            \
   X(checkpoint_indptr)                                                                             \
   X(checkpoint_state_indices)                                                                      \
+  X(d_out)                                                                                         \
+  X(d_final_state)                                                                                 \
   X(out)                                                                                           \
   X(final_state)                                                                                   \
   X(checkpoint_state)                                                                              \
   X(state)                                                                                         \
   X(M)                                                                                             \
-  X(b)
+  X(b)                                                                                             \
+  X(d_q)                                                                                           \
+  X(d_k)                                                                                           \
+  X(d_v)                                                                                           \
+  X(d_g)                                                                                           \
+  X(d_beta)                                                                                        \
+  X(d_A_log)                                                                                       \
+  X(d_dt_bias)                                                                                     \
+  X(d_initial_state)
 
 typedef enum fkda_field {
 #define FKDA_FIELD_ENUM(name) FKDA_FIELD_##name,

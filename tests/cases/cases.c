@@ -94,7 +94,7 @@ static fkda_case *add(fkda_case_group group, int number, int32_t io, const char 
   c->dt_bias = uniform(-2, 0.5);
   c->initial = normal(0, 1);
   c->write_state = true;
-  c->nan_field = FKDA_FIELDS;
+  c->nan_field = c->only = FKDA_FIELDS;
   return c;
 }
 
@@ -908,6 +908,269 @@ static void summary_cases(void) {
   }
 }
 
+/* ---- backward --------------------------------------------------------------------------------------- */
+
+static fkda_case *add_backward(int number, int32_t io, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+static fkda_case *add_backward(int number, int32_t io, const char *format, ...) {
+  char name[FKDA_CASE_NAME];
+  va_list list;
+  va_start(list, format);
+  vsnprintf(name, sizeof name, format, list);
+  va_end(list);
+  fkda_case *c = add(FKDA_GROUP_backward, number, io, "%s", name);
+  c->op = FKDA_OP_BACKWARD;
+  c->T = 53;
+  c->numbers[1] = 20;
+  return c;
+}
+
+/* Gate forms and ranges, as in gate_cases() but fewer. */
+static void backward_gates(int32_t io) {
+  static const struct {
+    const char *name;
+    fkda_gate gate;
+    fkda_dist raw, A_log;
+  } rows[] = {
+      {"bounded raw -8",
+       FKDA_GATE_BOUNDED,
+       {FKDA_DIST_CONSTANT, -8, 0},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+      {"bounded raw 0", FKDA_GATE_BOUNDED, {FKDA_DIST_CONSTANT, 0, 0}, {FKDA_DIST_CONSTANT, 0, 0}},
+      {"bounded raw 8", FKDA_GATE_BOUNDED, {FKDA_DIST_CONSTANT, 8, 0}, {FKDA_DIST_CONSTANT, 0, 0}},
+      {"bounded raw U(-8,8)",
+       FKDA_GATE_BOUNDED,
+       {FKDA_DIST_UNIFORM, -8, 8},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+      {"bounded raw N(0,8)",
+       FKDA_GATE_BOUNDED,
+       {FKDA_DIST_NORMAL, 0, 8},
+       {FKDA_DIST_UNIFORM, -1, 1}},
+      {"softplus raw U(0,40)",
+       FKDA_GATE_SOFTPLUS,
+       {FKDA_DIST_UNIFORM, 0, 40},
+       {FKDA_DIST_UNIFORM, -1, 1}},
+      {"softplus raw U(-8,8)",
+       FKDA_GATE_SOFTPLUS,
+       {FKDA_DIST_UNIFORM, -8, 8},
+       {FKDA_DIST_UNIFORM, 0, 2.77}},
+      {"softplus raw -20",
+       FKDA_GATE_SOFTPLUS,
+       {FKDA_DIST_CONSTANT, -20, 0},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+      {"softplus raw switch",
+       FKDA_GATE_SOFTPLUS,
+       {FKDA_DIST_SWITCH, 40, -12},
+       {FKDA_DIST_CONSTANT, 2.77, 0}},
+      {"direct 0", FKDA_GATE_DIRECT, {FKDA_DIST_CONSTANT, 0, 0}, {FKDA_DIST_CONSTANT, 0, 0}},
+      {"direct U(-0.01,0)",
+       FKDA_GATE_DIRECT,
+       {FKDA_DIST_UNIFORM, -0.01, 0},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+      {"direct U(-5,0)", FKDA_GATE_DIRECT, {FKDA_DIST_UNIFORM, -5, 0}, {FKDA_DIST_CONSTANT, 0, 0}},
+      {"direct U(-60,0)",
+       FKDA_GATE_DIRECT,
+       {FKDA_DIST_UNIFORM, -60, 0},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+      {"direct U(-150,1)",
+       FKDA_GATE_DIRECT,
+       {FKDA_DIST_UNIFORM, -150, 1},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+      {"direct 0 or -90", FKDA_GATE_DIRECT, {FKDA_DIST_EITHER, 0, -90}, {FKDA_DIST_CONSTANT, 0, 0}},
+      {"direct switch",
+       FKDA_GATE_DIRECT,
+       {FKDA_DIST_SWITCH, -1e-3, -90},
+       {FKDA_DIST_CONSTANT, 0, 0}},
+  };
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    char name[FKDA_CASE_NAME];
+    snprintf(name, sizeof name, "%s", rows[i].name);
+    for (char *x = name; *x; x++) *x = *x == ' ' ? '_' : *x;
+    fkda_case *c = add_backward(1, io, "%s", name);
+    c->numbers[1] = 4;
+    c->range = rows[i].name;
+    c->gate = rows[i].gate;
+    c->g = rows[i].raw;
+    c->A_log = rows[i].A_log;
+    if (c->gate == FKDA_GATE_DIRECT) direct(c, rows[i].raw);
+  }
+}
+
+static void backward_numbers(int32_t io) {
+  fkda_case *c;
+  for (int weak = 0; weak < 2; weak++) {
+    for (int same = 0; same < 2; same++) {
+      c = add_backward(2, io, "collinear%s%s", weak ? "_weak_decay" : "", same ? "_q_is_k" : "");
+      collinear(c);
+      c->T = 300;
+      /* What the bounded gate makes of -12 and of about -7. By A_log the loss hardly changes: its gradient
+       * is a sum that cancels by five digits, in which there is nothing to compare. */
+      direct(c, weak ? uniform(-8e-3, -2e-3) : constant(-3e-5));
+      c->range = "collinear keys";
+      /* S^T d_out lies along k. With q = k and (1) nothing is left of d_q but rounding, nor would anything of
+       * gold: normalised beforehand instead. */
+      c->q_is_k = same;
+      c->l2norm = !same;
+      if (same) c->k.b = 0.125;
+    }
+  }
+  c = add_backward(3, io, "weak_decay_T1500");
+  c->H = c->HV = 1;
+  c->T = 1500;
+  c->g = normal(-8.55, 0.25);
+  c->A_log = constant(0);
+  c->dt_bias_dtype = FKDA_NONE;
+  c = add_backward(5, io, "beta_0_and_1");
+  c->beta_is_logit = false;
+  c->beta = (fkda_dist){FKDA_DIST_EITHER, 0, 1};
+  c = add_backward(5, io, "beta_logit_extremes");
+  c->beta = (fkda_dist){FKDA_DIST_EITHER, 120, -120};
+  c = add_backward(5, io, "neg_eigval_logit");
+  c->allow_neg_eigval = true;
+  c->beta = normal(1, 3);
+  c = add_backward(5, io, "zero_k");
+  c->k = constant(0);
+  c = add_backward(5, io, "some_zero_qk");
+  c->q = c->k = (fkda_dist){FKDA_DIST_SPARSE, 0, 1};
+  c = add_backward(5, io, "tiny_qk");
+  c->q = c->k = normal(0, 1e-3);
+  c = add_backward(7, io, "asymmetric_kv");
+  c->layout = FKDA_STATE_KV;
+  c->K = 128;
+  c->q = c->k = c->v = c->initial = (fkda_dist){FKDA_DIST_RAMP, 0, 1};
+}
+
+static void backward_options(int32_t io) {
+  for (int bits = 0; bits < 3 * 4; bits++) {
+    static const char *const gates[] = {"bounded", "softplus", "direct"};
+    const int gate = bits / 4, l2norm = bits & 1, logit = bits >> 1 & 1;
+    fkda_case *c =
+        add_backward(6, io, "%s%s%s", gates[gate], l2norm ? "_l2norm" : "", logit ? "_logit" : "");
+    c->B = 2;
+    c->T = 37;
+    c->K = size_for(io, 32);
+    c->V = size_for(io, 48);
+    c->gate = (fkda_gate)gate;
+    c->l2norm = l2norm;
+    c->beta_is_logit = logit;
+    if (!l2norm) c->q = c->k = (fkda_dist){FKDA_DIST_UNIT, 0.9, 0};
+    if (!logit) c->beta = uniform(0, 1);
+    if (gate == FKDA_GATE_DIRECT) direct(c, uniform(-3, 0));
+    if (bits % 2) c->layout = FKDA_STATE_KV;
+  }
+  fkda_case *c = add_backward(6, io, "no_parameters");
+  c->A_log_dtype = c->dt_bias_dtype = FKDA_NONE;
+  c = add_backward(6, io, "bf16_parameters");
+  c->A_log_dtype = c->dt_bias_dtype = FKDA_BF16;
+  c = add_backward(6, io, "scale_negative");
+  c->scale = -0.25;
+  c = add_backward(6, io, "no_states");
+  c->initial_dtype = c->final_dtype = FKDA_NONE;
+  c = add_backward(6, io, "bf16_states");
+  c->initial_dtype = c->final_dtype = FKDA_BF16;
+  c = add_backward(6, io, "f32_gate_and_gradients");
+  c->g_dtype = c->beta_dtype = c->gradient_dtype = FKDA_F32;
+  static const fkda_field outputs[] = {
+      FKDA_FIELD_d_q,    FKDA_FIELD_d_k,     FKDA_FIELD_d_v,       FKDA_FIELD_d_g,
+      FKDA_FIELD_d_beta, FKDA_FIELD_d_A_log, FKDA_FIELD_d_dt_bias, FKDA_FIELD_d_initial_state};
+  for (size_t i = 0; i < sizeof outputs / sizeof outputs[0]; i++) {
+    c = add_backward(6, io, "only_%s", fkda_field_name(outputs[i]));
+    c->only = outputs[i];
+    c->HV = 4;
+  }
+}
+
+static void backward_shapes(int32_t io) {
+  static const int64_t lengths[] = {0, 1, 15, 16, 17, 33, 64, 700};
+  static const struct {
+    int64_t B, T, H, HV, K, V;
+  } shapes[] = {{1, 40, 1, 1, 128, 128}, {2, 40, 2, 2, 64, 128},  {0, 16, 2, 2, 64, 64},
+                {2, 50, 2, 4, 128, 64},  {1, 35, 2, 8, 64, 64},   {1, 40, 1, 1, 1, 1},
+                {1, 40, 2, 4, 5, 5},     {1, 33, 1, 1, 256, 256}, {2, 37, 1, 2, 24, 96},
+                {1, 20, 2, 2, 127, 129}, {1, 66, 1, 2, 65, 33}};
+  for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+    fkda_case *c = add_backward(8, io, "T%d", (int)lengths[i]);
+    c->T = lengths[i];
+    c->claims = FKDA_CLAIM_TWICE;
+    if (c->T > 500) c->H = c->HV = 1; /* more than one segment of states */
+  }
+  for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+    fkda_case *c =
+        add_backward(8, io, "B%d_T%d_H%d_HV%d_K%d_V%d", (int)shapes[i].B, (int)shapes[i].T,
+                     (int)shapes[i].H, (int)shapes[i].HV, (int)shapes[i].K, (int)shapes[i].V);
+    c->B = shapes[i].B;
+    c->T = shapes[i].T;
+    c->H = shapes[i].H;
+    c->HV = shapes[i].HV;
+    c->K = shapes[i].K;
+    c->V = shapes[i].V;
+    c->layout = i % 3 == 1 ? FKDA_STATE_KV : FKDA_STATE_VK;
+    if (c->K == 1) c->l2norm = false; /* of the sign of a number there is no gradient */
+  }
+  for (int index = 0; index < 2; index++) {
+    fkda_case *c = add_backward(9, io, "ragged_%s", index ? "i32" : "i64");
+    ragged(c, mixed_lens, 11);
+    c->tail = 7;
+    c->HV = index ? 4 : 2;
+    c->index_dtype = index ? FKDA_I32 : FKDA_I64;
+    c->claims = FKDA_CLAIM_TWICE;
+  }
+  static const int64_t nothing[] = {0, 0};
+  fkda_case *c = add_backward(9, io, "all_empty");
+  ragged(c, nothing, 2);
+  c->tail = 5;
+  static const char *const names[] = {"contiguous", "fused",     "padded",
+                                      "head_major", "broadcast", "misaligned"};
+  for (int kind = FKDA_STRIDES_FUSED; kind <= FKDA_STRIDES_MISALIGNED; kind++) {
+    c = add_backward(10, io, "strides_%s", names[kind]);
+    c->strides = (fkda_strides)kind;
+    c->B = 2;
+    c->T = 29;
+    c->HV = 4;
+    c->K = size_for(io, 37);
+    c->V = size_for(io, 51);
+    c->numbers[2] = 21;
+  }
+}
+
+static void backward_nan(int32_t io) {
+  static const fkda_field fields[] = {FKDA_FIELD_q, FKDA_FIELD_k,    FKDA_FIELD_v,
+                                      FKDA_FIELD_g, FKDA_FIELD_beta, FKDA_FIELD_d_out};
+  for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+    for (int variant = 0; variant < 2; variant++) {
+      fkda_case *c = add_backward(18, io, "nan_%s_%s", fkda_field_name(fields[i]),
+                                  variant ? "gva_direct" : "batch");
+      c->H = c->HV = 3;
+      c->nan_field = fields[i];
+      c->nan_head = 1;
+      c->nan_token = 38;
+      c->B = 3;
+      c->nan_sequence = 1;
+      if (!variant) continue;
+      c->HV = 6;
+      direct(c, uniform(-2, 0));
+    }
+  }
+}
+
+static void backward_cases(void) {
+  for (int d = 0; d < 2; d++) {
+    const int32_t io = io_dtypes[d];
+    backward_gates(io);
+    backward_numbers(io);
+    backward_options(io);
+    backward_shapes(io);
+    backward_nan(io);
+  }
+  fkda_case *c = add_backward(8, FKDA_F16, "plain");
+  c = add_backward(9, FKDA_F16, "ragged_gva_kv");
+  ragged(c, mixed_lens, 11);
+  c->HV = 4;
+  c->K = 37;
+  c->V = 51;
+  c->layout = FKDA_STATE_KV;
+}
+
 /* ---- threads: 24 (host threads, fork), 19 ------------------------------------------------------------- */
 
 static void thread_cases(void) {
@@ -930,6 +1193,12 @@ static void thread_cases(void) {
     c->op = FKDA_OP_SUMMARY;
     c->T = 50;
     c->claims = FKDA_CLAIM_THREADS;
+    c = add(FKDA_GROUP_threads, 24, io_dtypes[d], "backward");
+    c->op = FKDA_OP_BACKWARD;
+    ragged(c, mixed_lens, 11);
+    c->H = 3;
+    c->HV = 6;
+    c->claims = FKDA_CLAIM_THREADS | FKDA_CLAIM_FORK;
   }
 }
 
@@ -947,6 +1216,7 @@ static void build(void) {
   nan_cases();
   decode_cases();
   summary_cases();
+  backward_cases();
   thread_cases();
 }
 

@@ -40,6 +40,7 @@
   X(nan, "a NaN stays in its sequence and head")                                                   \
   X(decode, "few tokens from a state pool")                                                        \
   X(summary, "affine map of the state")                                                            \
+  X(backward, "gradients")                                                                         \
   X(threads, "host threads, pool sizes, fork")
 
 typedef enum fkda_case_group {
@@ -157,6 +158,10 @@ typedef struct fkda_case {
   int64_t M;             /* decode: columns of two-dimensional indices */
   bool write_state;
 
+  /* backward: initial_dtype and final_dtype are those of initial_state and d_final_state. */
+  int32_t gradient_dtype; /* of d_q .. d_beta; FKDA_NONE: that of what each belongs to */
+  fkda_field only;        /* the one gradient asked for; FKDA_FIELDS: all */
+
   fkda_field nan_field; /* FKDA_FIELDS: none. One NaN at sequence, token and head below */
   int64_t nan_sequence, nan_token, nan_head;
 
@@ -211,7 +216,8 @@ const char *fkda_memory_cuda_device(void);
 
 typedef enum fkda_verdict { FKDA_PASS, FKDA_FAIL, FKDA_SKIP } fkda_verdict;
 
-/* Errors are RMS(x - gold) / RMS(gold); negative: there is no such output. */
+/* Errors are RMS(x - gold) / RMS(gold); negative: there is no such output. Of a backward "out" stands for the
+ * worst of d_q .. d_beta, "state" for the worst of d_initial_state, d_A_log and d_dt_bias. */
 typedef struct fkda_result {
   fkda_verdict verdict;
   double error_out, error_state, error_checkpoint;

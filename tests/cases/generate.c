@@ -194,6 +194,11 @@ static fkda_tensor token_tensor(const fkda_case *c, fkda_field field, int32_t dt
   return tensor;
 }
 
+/* Of the gradients, those that the case asks for. */
+static bool wanted_output(const fkda_case *c, fkda_field field) {
+  return field < FKDA_FIELD_d_q || c->only == FKDA_FIELDS || c->only == field;
+}
+
 static bool place_tokens(fkda_fixture *f, int64_t T) {
   const fkda_case *c = f->c;
   struct {
@@ -204,6 +209,9 @@ static bool place_tokens(fkda_fixture *f, int64_t T) {
       {FKDA_FIELD_q, c->io, c->H, c->K},          {FKDA_FIELD_k, c->io, c->H, c->K},
       {FKDA_FIELD_v, c->io, c->HV, c->V},         {FKDA_FIELD_g, c->g_dtype, c->HV, c->K},
       {FKDA_FIELD_beta, c->beta_dtype, c->HV, 0}, {FKDA_FIELD_out, c->io, c->HV, c->V},
+      {FKDA_FIELD_d_out, c->io, c->HV, c->V},     {FKDA_FIELD_d_q, c->io, c->H, c->K},
+      {FKDA_FIELD_d_k, c->io, c->H, c->K},        {FKDA_FIELD_d_v, c->io, c->HV, c->V},
+      {FKDA_FIELD_d_g, c->g_dtype, c->HV, c->K},  {FKDA_FIELD_d_beta, c->beta_dtype, c->HV, 0},
   };
   int64_t row = 0, column = 0;
   int fused = -1;
@@ -217,8 +225,11 @@ static bool place_tokens(fkda_fixture *f, int64_t T) {
   }
   for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
     if (!fkda_call_tensor(&f->host, rows[i].field)) continue; /* summary has no q and no out */
+    if (!wanted_output(c, rows[i].field)) continue;
+    const bool gradient = rows[i].field >= FKDA_FIELD_d_q && c->gradient_dtype;
     fkda_tensor tensor =
-        token_tensor(c, rows[i].field, rows[i].dtype, T, rows[i].heads, rows[i].dim);
+        token_tensor(c, rows[i].field, gradient ? c->gradient_dtype : rows[i].dtype, T,
+                     rows[i].heads, rows[i].dim);
     if (fused >= 0 && i < 4 && rows[i].dtype == c->io) {
       tensor.stride[1] = row;
       tensor.stride[0] = row * T;
@@ -492,6 +503,39 @@ done:
   return good;
 }
 
+/* Initial state, the gradient by the final one, and the gradients that have no rows. */
+static bool place_backward_states(fkda_fixture *f, fkda_random *random) {
+  const fkda_case *c = f->c;
+  const int64_t N = fkda_case_sequences(c), shape[2] = {c->HV, c->K};
+  const int32_t d_initial = c->initial_dtype ? c->initial_dtype : FKDA_F32;
+  if (c->initial_dtype) {
+    if (!place(f, FKDA_FIELD_initial_state, state_tensor(c, c->initial_dtype, N))) return false;
+    fkda_random_fill(random, fkda_call_tensor(&f->host, FKDA_FIELD_initial_state), c->initial, -1,
+                     -1);
+  }
+  if (c->final_dtype) {
+    const fkda_dist plain = {FKDA_DIST_NORMAL, 0, 1};
+    if (!place(f, FKDA_FIELD_d_final_state, state_tensor(c, c->final_dtype, N))) return false;
+    fkda_random_fill(random, fkda_call_tensor(&f->host, FKDA_FIELD_d_final_state), plain, -1, -1);
+  }
+  const bool parameters = c->gate != FKDA_GATE_DIRECT;
+  if (parameters && wanted_output(c, FKDA_FIELD_d_A_log) &&
+      !place(f, FKDA_FIELD_d_A_log, fkda_tensor_contiguous(NULL, FKDA_F32, 1, shape)))
+    return false;
+  if (parameters && wanted_output(c, FKDA_FIELD_d_dt_bias) &&
+      !place(f, FKDA_FIELD_d_dt_bias, fkda_tensor_contiguous(NULL, FKDA_F32, 2, shape)))
+    return false;
+  if (wanted_output(c, FKDA_FIELD_d_initial_state) &&
+      !place(f, FKDA_FIELD_d_initial_state, state_tensor(c, d_initial, N)))
+    return false;
+  for (int field = FKDA_FIELD_d_A_log; field <= FKDA_FIELD_d_initial_state; field++) {
+    const int64_t units = field == FKDA_FIELD_d_initial_state ? N : 1;
+    if (!new_written(f, (fkda_field)field, units)) return false;
+    memset(f->written[field], 1, (size_t)units);
+  }
+  return true;
+}
+
 /* ---- checkpoints ---------------------------------------------------------------------------------- */
 
 static bool place_checkpoints(fkda_fixture *f, fkda_random *random) {
@@ -597,8 +641,11 @@ static void set_options(fkda_fixture *f) {
       call->decode.scale = c->scale;
       call->decode.batch_invariant = c->batch_invariant;
       call->decode.write_state = c->write_state;
-    } else {
+    } else if (c->op == FKDA_OP_SUMMARY) {
       SET(call->summary);
+    } else {
+      SET(call->backward);
+      call->backward.scale = c->scale;
     }
 #undef SET
   }
@@ -634,6 +681,7 @@ static void fill_inputs(fkda_fixture *f) {
   fill(f, FKDA_FIELD_beta, c->beta, 1, -1);
   fill(f, FKDA_FIELD_A_log, c->A_log, -1, -1);
   fill(f, FKDA_FIELD_dt_bias, c->dt_bias, -1, -1);
+  fill(f, FKDA_FIELD_d_out, (fkda_dist){FKDA_DIST_NORMAL, 0, 1}, 1, 2);
   if (c->q_is_k) {
     const fkda_tensor *q = fkda_call_tensor(&f->host, FKDA_FIELD_q);
     const fkda_tensor *k = fkda_call_tensor(&f->host, FKDA_FIELD_k);
@@ -680,10 +728,16 @@ static bool place_all(fkda_fixture *f, int64_t T) {
     memset(f->written[FKDA_FIELD_b], 1, (size_t)N);
     return true;
   }
-  if (!new_written(f, FKDA_FIELD_out, c->B * T)) return false;
-  for (int64_t n = 0; n < N; n++) {
-    for (int64_t t = 0; t < f->lengths[n] && !f->skipped[n]; t++)
-      mark(f, FKDA_FIELD_out, f->begins[n] + t);
+  const bool backward = c->op == FKDA_OP_BACKWARD;
+  if (backward && !place_backward_states(f, &random)) return false;
+  const int first = backward ? FKDA_FIELD_d_q : FKDA_FIELD_out;
+  const int last = backward ? FKDA_FIELD_d_beta : FKDA_FIELD_out;
+  for (int field = first; field <= last; field++) {
+    if (!new_written(f, (fkda_field)field, c->B * T)) return false;
+    for (int64_t n = 0; n < N; n++) {
+      for (int64_t t = 0; t < f->lengths[n] && !f->skipped[n]; t++)
+        mark(f, (fkda_field)field, f->begins[n] + t);
+    }
   }
   return true;
 }

@@ -279,15 +279,49 @@ static bool untouched(fkda_fixture *f, bool nothing_written, fkda_result *result
   return true;
 }
 
-/* Elements of out about which nothing is promised: those before a NaN in its own chunk and head. */
+/* Of gradients, everything of the NaN's sequence and head, and of the head's sums over sequences. */
+static bool gradient_exempt(const fkda_fixture *f, fkda_field field, int64_t row, int64_t head) {
+  const fkda_case *c = f->c;
+  const int64_t group = c->HV / c->H, n = c->nan_sequence;
+  const bool of_keys = field == FKDA_FIELD_d_q || field == FKDA_FIELD_d_k;
+  const bool in_keys = c->nan_field == FKDA_FIELD_q || c->nan_field == FKDA_FIELD_k;
+  if (of_keys || in_keys) { /* compare heads of q and k */
+    if ((of_keys ? head : head / group) != (in_keys ? c->nan_head : c->nan_head / group))
+      return false;
+  } else if (head != c->nan_head) {
+    return false;
+  }
+  if (field == FKDA_FIELD_d_A_log || field == FKDA_FIELD_d_dt_bias) return true;
+  if (field == FKDA_FIELD_d_initial_state) return row == n;
+  return row >= f->begins[n] && row < f->begins[n] + f->lengths[n];
+}
+
+/* Elements about which nothing is promised. Of out, those before a NaN in its own chunk and head. */
 static bool exempt(const fkda_fixture *f, fkda_field field, int64_t row, int64_t head,
                    int32_t chunk) {
   const fkda_case *c = f->c;
-  if (field != FKDA_FIELD_out || c->nan_field == FKDA_FIELDS) return false;
+  if (c->nan_field == FKDA_FIELDS) return false;
+  if (field >= FKDA_FIELD_d_q) return gradient_exempt(f, field, row, head);
+  if (field != FKDA_FIELD_out) return false;
   const bool grouped = c->nan_field == FKDA_FIELD_q || c->nan_field == FKDA_FIELD_k;
   if ((grouped ? head * c->H / c->HV : head) != c->nan_head) return false;
   const int64_t at = row - f->begins[c->nan_sequence];
   return at >= c->nan_token / chunk * chunk && at < c->nan_token;
+}
+
+/* Which dimension of an output counts heads? */
+static int32_t head_dimension(fkda_field field, int32_t ndim) {
+  switch (field) {
+    case FKDA_FIELD_d_A_log:
+    case FKDA_FIELD_d_dt_bias: return 0;
+    case FKDA_FIELD_out:
+    case FKDA_FIELD_d_q:
+    case FKDA_FIELD_d_k:
+    case FKDA_FIELD_d_v:
+    case FKDA_FIELD_d_g:
+    case FKDA_FIELD_d_beta: return 2;
+    default: return ndim - 3; /* states */
+  }
 }
 
 /* RMS(x - gold) / RMS(gold) over written elements [from, to) rows; -1 where there is nothing to compare.
@@ -301,7 +335,7 @@ static bool measure(fkda_fixture *f, fkda_field field, int32_t chunk, int64_t fr
   const double *gold = f->gold[field];
   const int64_t count = fkda_tensor_elements(&tensor);
   const int64_t unit = f->units[field] ? count / f->units[field] : 1;
-  const int32_t head_at = tensor.ndim - (field == FKDA_FIELD_out ? 2 : 3);
+  const int32_t head_at = head_dimension(field, tensor.ndim);
   double difference = 0, power = 0;
   int64_t compared = 0;
   fkda_walk walk = {0};
@@ -320,6 +354,10 @@ static bool measure(fkda_fixture *f, fkda_field field, int32_t chunk, int64_t fr
     difference += (x - gold[e]) * (x - gold[e]);
     power += gold[e] * gold[e];
   }
+  /* Gradients can be as small as e^-200. A root mean square below 1e-30 counts as that: products of f32
+   * numbers lose their digits towards 1e-38. */
+  const double least = 1e-60 * (double)compared;
+  if (power > 0 && power < least) power = least;
   if (compared) *error = sqrt(power > 0 ? difference / power : difference);
   return true;
 }
@@ -378,7 +416,46 @@ double fkda_fixture_state_limit(fkda_fixture *f) {
   return 2 * same_precision_error(f);
 }
 
+/* The error that rounding gold to the field's dtype has by itself: with a few large elements, as gradients by
+ * beta have, more than the 1.7e-3 of a normal distribution in bf16. */
+static double rounding_error(const fkda_fixture *f, fkda_field field) {
+  const fkda_tensor *tensor = fkda_call_tensor_const(&f->host, field);
+  const int64_t count = fkda_tensor_elements(tensor);
+  const int64_t unit = f->units[field] ? count / f->units[field] : 1;
+  double difference = 0, power = 0;
+  for (int64_t e = 0; e < count; e++) {
+    const double gold = f->gold[field][e];
+    uint64_t bits = 0;
+    if (!f->written[field][e / unit] || !isfinite(gold)) continue;
+    fkda_store(&bits, tensor->dtype, 0, gold);
+    const double x = fkda_load(&bits, tensor->dtype, 0) - gold;
+    difference += x * x;
+    power += gold * gold;
+  }
+  return power > 0 ? sqrt(difference / power) : 0;
+}
+
+/* Every gradient within the tolerance of its own dtype. */
+static bool gradients_accurate(fkda_fixture *f, fkda_result *result) {
+  for (int field = FKDA_FIELD_d_q; field <= FKDA_FIELD_d_initial_state; field++) {
+    if (!fkda_call_has(&f->host, (fkda_field)field)) continue;
+    const int32_t dtype = fkda_call_tensor_const(&f->host, (fkda_field)field)->dtype;
+    const bool of_tokens = field <= FKDA_FIELD_d_beta;
+    double *most = of_tokens ? &result->error_out : &result->error_state;
+    double *tolerance = of_tokens ? &result->tolerance_out : &result->tolerance_state;
+    double error;
+    if (!measure(f, (fkda_field)field, result->chunk, 0, INT64_MAX, &error, result)) return false;
+    if (error > *most) *most = error;
+    *tolerance = tolerance_of(f, dtype);
+    const double rounding = 1.1 * rounding_error(f, (fkda_field)field);
+    if (rounding > *tolerance) *tolerance = rounding;
+    if (!within(fkda_field_name((fkda_field)field), error, *tolerance, result)) return false;
+  }
+  return true;
+}
+
 static bool accurate(fkda_fixture *f, fkda_result *result) {
+  if (f->c->op == FKDA_OP_BACKWARD) return gradients_accurate(f, result);
   static const fkda_field states[] = {FKDA_FIELD_final_state, FKDA_FIELD_state, FKDA_FIELD_M,
                                       FKDA_FIELD_b};
   double error;
@@ -804,6 +881,7 @@ static bool may_refuse(const fkda_fixture *f) {
   const fkda_case *c = f->c;
   if (c->op == FKDA_OP_SUMMARY) return true;
   if (f->memory->device_type == FKDA_DEVICE_CPU) return false;
+  if (c->op == FKDA_OP_BACKWARD) return true;
   return c->io != FKDA_BF16 || (c->K != 64 && c->K != 128) || (c->V != 64 && c->V != 128) ||
          (c->marks != FKDA_MARKS_NONE && c->checkpoint_dtype == FKDA_F16);
 }
