@@ -1,6 +1,8 @@
 from typing import Any, Literal
 
 from . import experimental as experimental
+from .functional import chunk_kda as chunk_kda
+from .functional import fused_recurrent_kda as fused_recurrent_kda
 
 __all__ = [
     "__version__",

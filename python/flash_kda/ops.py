@@ -1,0 +1,302 @@
+"""torch operators on libflashkda: torch.ops.flash_kda.prefill, .fwd and .decode.
+
+Importing this module defines them (import flash_kda alone does not import torch):
+
+    prefill(q, k, v, g, beta, ...) -> (out, final_state, checkpoint_state)   allocates what it returns
+    fwd(q, k, v, g, beta, scale, out, ...) -> ()                             flash_kda.fwd, in place
+    decode(q, k, v, g, beta, state, ...) -> out                              flash_kda.decode, state in place
+
+They run on CPU and CUDA tensors, trace under torch.compile and torch.export, and follow autocast: q, k and
+v (and out) then take the autocast dtype, while gates, beta and states keep theirs. None has a derivative.
+
+prefill() and decode() here are the same operations for Python callers: plain tensors in eager mode go
+straight to the C extension, because torch's dispatcher costs more than the rest of the call; everything
+else (tracing, tensor subclasses, dispatch modes, functorch, autocast) goes through the operator.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+_OPTIONS = """
+    str gate="bounded", bool l2norm=True, bool beta_is_logit=True, bool allow_neg_eigval=False,
+    str state_layout="vk"
+"""
+_INDICES = """
+    Tensor? state_indices=None, Tensor? initial_state_indices=None, Tensor? final_state_indices=None,
+    Tensor? has_initial_state=None
+"""
+_SCHEMAS = {
+    "prefill": f"""(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, *, float? scale=None,
+        Tensor? A_log=None, Tensor? dt_bias=None, float? lower_bound=None,
+        Tensor? initial_state=None, Tensor? cu_seqlens=None, {_OPTIONS},
+        bool output_final_state=False, SymInt checkpoint_every=0, SymInt checkpoint_rows=0,
+        bool checkpoint_before=False, bool batch_invariant=False, str? backend=None
+        ) -> (Tensor out, Tensor final_state, Tensor checkpoint_state)""",
+    "fwd": f"""(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float? scale, Tensor(a!) out,
+        Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor? initial_state=None,
+        Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, *, {_OPTIONS}, {_INDICES},
+        Tensor(c!)? checkpoint_state=None, Tensor? checkpoint_offsets=None,
+        Tensor? checkpoint_indptr=None, SymInt checkpoint_every=0, bool checkpoint_before=False,
+        Tensor? checkpoint_state_indices=None, bool batch_invariant=False, str? backend=None) -> ()""",
+    "decode": f"""(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, *,
+        {_INDICES}, Tensor? num_accepted_tokens=None, float? scale=None, Tensor? A_log=None,
+        Tensor? dt_bias=None, float? lower_bound=None, {_OPTIONS}, bool write_state=True,
+        bool batch_invariant=False, str? backend=None) -> Tensor""",
+}
+
+
+# ---- running ----------------------------------------------------------------------------------------
+
+
+def _inner_contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _one_of(x: Tensor | None, *dtypes: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype in dtypes else x.to(dtypes[0])
+
+
+def _fitted(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens):
+    """The tensors of a refused call, copied where their strides or dtypes are not the library's."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    return (
+        _inner_contiguous(q),
+        _inner_contiguous(k),
+        _inner_contiguous(v),
+        _inner_contiguous(_one_of(g, f32, q.dtype)),
+        _inner_contiguous(_one_of(beta, f32, q.dtype)),
+        _one_of(A_log, f32, bf16).contiguous() if A_log is not None else None,
+        _one_of(dt_bias, f32, bf16).contiguous() if dt_bias is not None else None,
+        _inner_contiguous(_one_of(initial_state, f32, bf16)),
+        _one_of(cu_seqlens, torch.int64, torch.int32).contiguous()
+        if cu_seqlens is not None
+        else None,
+    )
+
+
+def state_shape(q, v, cu_seqlens, state_layout):
+    """[N, HV, V, K], or [N, HV, K, V] for state_layout 'kv'."""
+    if q.ndim != 4 or v.ndim != 4:
+        name, x, expected = ("q", q, "[B,T,H,K]") if q.ndim != 4 else ("v", v, "[B,T,HV,V]")
+        raise ValueError(f"{name}: shape {list(x.shape)}, expected {expected}")
+    B, _, HV, V = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (N, HV, V, q.shape[3]) if state_layout == "vk" else (N, HV, q.shape[3], V)
+
+
+def _outputs(q, v, cu_seqlens, state_layout, output_final_state, checkpoint_rows):
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = checkpoints = None
+    if output_final_state or checkpoint_rows:
+        shape = state_shape(q, v, cu_seqlens, state_layout)
+        if output_final_state:
+            final = v.new_empty(shape, dtype=torch.float32)
+        if checkpoint_rows:
+            checkpoints = v.new_empty((checkpoint_rows, *shape[1:]))
+    return out, final, checkpoints
+
+
+def _prefill(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate, l2norm,
+    beta_is_logit, allow_neg_eigval, state_layout, output_final_state, checkpoint_every,
+    checkpoint_rows, checkpoint_before, batch_invariant, backend,
+):  # fmt: skip
+    out, final, checkpoints = _outputs(
+        q, v, cu_seqlens, state_layout, output_final_state, checkpoint_rows
+    )
+    try:
+        _C.fwd(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
+            cu_seqlens, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
+            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
+            checkpoint_state=checkpoints, checkpoint_every=checkpoint_every,
+            checkpoint_before=checkpoint_before, batch_invariant=batch_invariant, backend=backend,
+        )  # fmt: skip
+    except (TypeError, ValueError):  # nothing has been written
+        given = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
+        fitted = _fitted(*given)
+        if all(x is y for x, y in zip(given, fitted)):
+            raise
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens = fitted
+        _C.fwd(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
+            cu_seqlens, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
+            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
+            checkpoint_state=checkpoints, checkpoint_every=checkpoint_every,
+            checkpoint_before=checkpoint_before, batch_invariant=batch_invariant, backend=backend,
+        )  # fmt: skip
+    return out, final, checkpoints
+
+
+def _decode(q, k, v, g, beta, state, **options):
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    try:
+        return _C.decode(q, k, v, g, beta, state, out, **options)
+    except (TypeError, ValueError):
+        # What is written is never copied.
+        read = None if options.get("write_state", True) else state
+        given = (q, k, v, g, beta, options.get("A_log"), options.get("dt_bias"), read, None)
+        fitted = _fitted(*given)
+        if all(x is y for x, y in zip(given, fitted)):
+            raise
+        q, k, v, g, beta, A_log, dt_bias, read, _ = fitted
+        options = {**options, "A_log": A_log, "dt_bias": dt_bias}
+        return _C.decode(q, k, v, g, beta, state if read is None else read, out, **options)
+
+
+# ---- the choice between the two ways ----------------------------------------------------------------
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def _direct(q, k, v, g, beta, state) -> bool:
+    """Whether torch's dispatcher would do nothing but call us."""
+    return (
+        not _is_compiling()
+        and not _dispatch_modes()
+        and _functorch_level() is None
+        and _tracing_state() is None
+        and not _any_autocast()
+        and {type(q), type(k), type(v), type(g), type(beta), type(state)} <= _PLAIN
+        and not q.is_meta
+    )
+
+
+def prefill(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate, l2norm,
+    beta_is_logit, allow_neg_eigval, state_layout, output_final_state, checkpoint_every=0,
+    checkpoint_rows=0, checkpoint_before=False, batch_invariant=False, backend=None,
+):  # fmt: skip
+    """The operator prefill; final_state and checkpoint_state are None where they are not wanted."""
+    if _direct(q, k, v, g, beta, initial_state):
+        return _prefill(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
+            l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
+            checkpoint_every, checkpoint_rows, checkpoint_before, batch_invariant, backend,
+        )  # fmt: skip
+    out, final, checkpoints = torch.ops.flash_kda.prefill.default(
+        q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
+        initial_state=initial_state, cu_seqlens=cu_seqlens, gate=gate, l2norm=l2norm,
+        beta_is_logit=beta_is_logit, allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
+        output_final_state=output_final_state, checkpoint_every=checkpoint_every,
+        checkpoint_rows=checkpoint_rows, checkpoint_before=checkpoint_before,
+        batch_invariant=batch_invariant, backend=backend,
+    )  # fmt: skip
+    return out, final if output_final_state else None, checkpoints if checkpoint_rows else None
+
+
+def decode(q, k, v, g, beta, state, **options):
+    """The operator decode."""
+    if _direct(q, k, v, g, beta, state):
+        return _decode(q, k, v, g, beta, state, **options)
+    return torch.ops.flash_kda.decode.default(q, k, v, g, beta, state, **options)
+
+
+# ---- the operators ----------------------------------------------------------------------------------
+
+
+def _prefill_kernel(
+    q, k, v, g, beta, *, scale=None, A_log=None, dt_bias=None, lower_bound=None, initial_state=None,
+    cu_seqlens=None, gate="bounded", l2norm=True, beta_is_logit=True, allow_neg_eigval=False,
+    state_layout="vk", output_final_state=False, checkpoint_every=0, checkpoint_rows=0,
+    checkpoint_before=False, batch_invariant=False, backend=None,
+):  # fmt: skip
+    results = _prefill(
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
+        l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
+        checkpoint_every, checkpoint_rows, checkpoint_before, batch_invariant, backend,
+    )  # fmt: skip
+    return tuple(_absent(v) if x is None else x for x in results)
+
+
+def _absent(v):
+    """An operator's schema has no optional results."""
+    return v.new_empty((0,), dtype=torch.float32)
+
+
+def _prefill_fake(
+    q, k, v, g, beta, *, cu_seqlens=None, state_layout="vk", output_final_state=False,
+    checkpoint_rows=0, **_,
+):  # fmt: skip
+    results = _outputs(q, v, cu_seqlens, state_layout, output_final_state, checkpoint_rows)
+    return tuple(_absent(v) if x is None else x for x in results)
+
+
+def _fwd_kernel(*arguments, **options):
+    _C.fwd(*arguments, **options)
+
+
+def _fwd_fake(*arguments, **options):
+    return None
+
+
+def _decode_fake(q, k, v, g, beta, state, **_):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _tensors(arguments, options):
+    return (x for x in (*arguments, *options.values()) if isinstance(x, Tensor))
+
+
+def _autograd(name):
+    def kernel(*arguments, **options):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(arguments, options)):
+            raise NotImplementedError(
+                f"torch.ops.flash_kda.{name} has no derivative: {NO_BACKWARD}"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.flash_kda, name).default(*arguments, **options)
+
+    return kernel
+
+
+NO_BACKWARD = "use torch.no_grad(), torch.inference_mode(), or tensors that do not require grad"
+
+_KERNELS = {
+    "prefill": (_prefill_kernel, _prefill_fake),
+    "fwd": (_fwd_kernel, _fwd_fake),
+    "decode": (_decode, _decode_fake),
+}
+
+
+def _autocast(name, device):
+    def kernel(q, k, v, *arguments, **options):
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return getattr(torch.ops.flash_kda, name).default(
+                *(x.to(dtype) if x.is_floating_point() else x for x in (q, k, v)),
+                *arguments,
+                **options,
+            )
+
+    return kernel
+
+
+_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
+_AUTOCAST_KEYS = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
+
+
+def _define():
+    library = torch.library.Library("flash_kda", "DEF")
+    for name, schema in _SCHEMAS.items():
+        kernel, fake = _KERNELS[name]
+        library.define(name + " ".join(schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            library.impl(name, kernel, device)
+        library.impl(name, _autograd(name), "Autograd")
+        torch.library.register_fake(f"flash_kda::{name}", fake, lib=library)
+    # fwd writes to memory of the caller, whose dtype autocast cannot change.
+    for name in ("prefill", "decode"):
+        library.impl(name, _autocast(name, "cpu"), "AutocastCPU")
+        library.impl(name, _autocast(name, "cuda"), "AutocastCUDA")
+    return library
+
+
+_library = _define()  # the operators live as long as this object
