@@ -60,6 +60,48 @@ def problems(library):
     )
 
 
+def torch_problems(convert):
+    """(text, function, arguments, keywords, what the C loop calls instead: name, arguments, keywords):
+    functions that allocate their results and then make that call."""
+    import torch
+
+    def zeros(*shape):
+        return convert(np.zeros(shape, np.float32))
+
+    T, H, D = 1, 1, 64
+    q, k, v, g, out = (zeros(1, T, H, D) for _ in range(5))
+    beta, A_log, dt_bias = zeros(1, T, H), convert(np.zeros(H, np.float32)), zeros(H, D)
+    f32 = dict(dtype=torch.float32, device=q.device)
+    state, final = (torch.zeros(1, H, D, D, **f32) for _ in range(2))
+    flags = dict(
+        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        lower_bound=-5.0, state_v_first=True,
+    )  # fmt: skip
+    common = (q, k, v, g, beta)
+    gate = dict(A_log=A_log, dt_bias=dt_bias, lower_bound=-5.0)
+    yield (
+        "chunk_kda, 8 tensors, 2 results",
+        flash_kda.chunk_kda,
+        common,
+        dict(initial_state=state, output_final_state=True, A_log=A_log, dt_bias=dt_bias, **flags),
+        ("fwd", (*common, None, out), dict(initial_state=state, final_state=final, **gate)),
+    )
+    yield (
+        "chunk_kda, 7 tensors, 1 result",
+        flash_kda.chunk_kda,
+        common,
+        dict(A_log=A_log, dt_bias=dt_bias, **flags),
+        ("fwd", (*common, None, out), gate),
+    )
+    yield (
+        "fused_recurrent_kda, 8 tensors, 2 results",
+        flash_kda.fused_recurrent_kda,
+        common,
+        dict(initial_state=state, output_final_state=True, A_log=A_log, dt_bias=dt_bias, **flags),
+        ("decode", (*common, final, out), gate),
+    )
+
+
 def python_loop(function, n, arguments, keywords):
     begin = time.perf_counter()
     for _ in range(n):
@@ -70,15 +112,14 @@ def python_loop(function, n, arguments, keywords):
 CUDA_CALLS = 200  # in a round: fewer than a stream's queue holds
 
 
-def measure(name, arguments, keywords, n, repeats, wait):
-    function = getattr(flash_kda, name)
+def measure(function, arguments, keywords, c_name, c_arguments, c_keywords, n, repeats, wait):
     whole, c_call, loop = [], [], []
     python_loop(function, n, arguments, keywords)
     for _ in range(repeats):
         wait()
         whole.append(python_loop(function, n, arguments, keywords) / n)
         wait()
-        c_call.append(_C._time_calls(n, name, *arguments, **keywords) / n)
+        c_call.append(_C._time_calls(n, c_name, *c_arguments, **c_keywords) / n)
         begin = time.perf_counter()
         for _ in range(n):
             pass
@@ -136,12 +177,19 @@ def main():
     rows = []
     print(f"{'':>10}{'call':<44}{'Python':>10}{'C':>10}{'overhead':>10}  (us a call)")
     for library, convert in libraries.items():
-        for text, name, arguments, keywords in problems(convert):
-            cuda = library == "torch cuda"
+        cuda = library == "torch cuda"
+        cases = [
+            (text, getattr(flash_kda, name), arguments, keywords, (name, arguments, keywords))
+            for text, name, arguments, keywords in problems(convert)
+        ]
+        if library != "numpy":
+            cases += torch_problems(convert)
+        for text, function, arguments, keywords, c_call in cases:
             result = measure(
-                name,
+                function,
                 arguments,
                 keywords,
+                *c_call,
                 min(options.calls, CUDA_CALLS) if cuda else options.calls,
                 options.repeats,
                 torch.cuda.synchronize if cuda else lambda: None,

@@ -100,6 +100,7 @@ typedef struct signature {
       P_final_state, P_cu_seqlens, COMMON_OPTIONS, INDEX_OPTIONS, CHECKPOINT_OPTIONS, CALL_OPTIONS
 
 SIGNATURE(fwd, 10, 13, FWD_PARAMETERS);
+SIGNATURE(fwd_in_order, 10, 18, FWD_PARAMETERS); /* COMMON_OPTIONS by position too: fewer to match */
 SIGNATURE(decode, 6, 7, P_q, P_k, P_v, P_g, P_beta, P_state, P_out, INDEX_OPTIONS,
           P_num_accepted_tokens, P_scale, P_A_log, P_dt_bias, P_lower_bound, COMMON_OPTIONS,
           P_write_state, CALL_OPTIONS);
@@ -511,6 +512,14 @@ static PyObject *fwd(PyObject *self, PyObject *const *args, Py_ssize_t count, Py
   return finish(&c, read_prefill(&c, true), Py_None);
 }
 
+static PyObject *fwd_in_order(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                              PyObject *keywords) {
+  (void)self;
+  call c;
+  if (parse(&c, &fwd_in_order_signature, args, count, keywords)) return NULL;
+  return finish(&c, read_prefill(&c, true), Py_None);
+}
+
 static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t count,
                         PyObject *keywords) {
   (void)self;
@@ -910,6 +919,7 @@ static PyMethodDef methods[] = {
      "loads "
      "the\n"
      "kernels ('cuda', 'cuda:1', a torch.device). Needed before a CUDA graph captures that call."},
+    {"_fwd_in_order", FAST(fwd_in_order), METH_FASTCALL | METH_KEYWORDS, NULL},
     {"_time_calls", FAST(time_calls), METH_FASTCALL | METH_KEYWORDS, NULL},
     {NULL, NULL, 0, NULL}};
 

@@ -16,7 +16,7 @@ from . import ops
 _MAX_DECODE = 8
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -49,16 +49,17 @@ def _check_neg_eigval(use_beta_sigmoid_in_kernel: bool) -> None:
         )
 
 
-def _gate(use_gate_in_kernel, lower_bound, A_log):
+def gate_of(use_gate_in_kernel, lower_bound, A_log, dt_bias):
+    """(gate, A_log, dt_bias, lower_bound) as flash_kda.fwd() names them."""
     if not use_gate_in_kernel:
-        return "direct"
+        return "direct", None, None, None
     if lower_bound is not None:
-        return "bounded"
+        return "bounded", A_log, dt_bias, lower_bound
     if A_log is None:
         raise ValueError(
             "A_log: None, expected a tensor with use_gate_in_kernel=True and no lower_bound"
         )
-    return "softplus"
+    return "softplus", A_log, dt_bias, None
 
 
 def _intermediate_rows(q, cu_seqlens, cu_seqlens_cpu, chunk_size, use_graph) -> int:
@@ -134,10 +135,8 @@ def chunk_kda(
         raise NotImplementedError("cp_context: context parallelism is not supported, expected None")
     if allow_neg_eigval:
         _check_neg_eigval(use_beta_sigmoid_in_kernel)
-    gate = _gate(use_gate_in_kernel, lower_bound, A_log)
-    if gate == "direct":
-        A_log = dt_bias = lower_bound = None
-    elif safe_gate and lower_bound is None:
+    gate, A_log, dt_bias, lower_bound = gate_of(use_gate_in_kernel, lower_bound, A_log, dt_bias)
+    if safe_gate and gate == "softplus":
         raise ValueError("lower_bound: None, expected a number in [-5, 0) with safe_gate=True")
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: {chunk_size}, expected 32 or 64")
@@ -147,7 +146,7 @@ def chunk_kda(
                 f"cu_seqlens: {cu_seqlens.shape[0] - 1} sequences, expected max_num_seqs = "
                 f"{max_num_seqs} (padded with empty ones)"
             )
-    if _needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias):
+    if torch.is_grad_enabled() and needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias):
         raise _no_gradients("chunk_kda")
 
     every = rows = 0
@@ -197,10 +196,8 @@ def fused_recurrent_kda(
     """
     if allow_neg_eigval:
         _check_neg_eigval(use_beta_sigmoid_in_kernel)
-    gate = _gate(use_gate_in_kernel, lower_bound, A_log)
-    if gate == "direct":
-        A_log = dt_bias = lower_bound = None
-    if _needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias):
+    gate, A_log, dt_bias, lower_bound = gate_of(use_gate_in_kernel, lower_bound, A_log, dt_bias)
+    if torch.is_grad_enabled() and needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias):
         raise _no_gradients("fused_recurrent_kda")
     if transpose_state_layout is not None:
         state_v_first = _v_first(state_v_first, transpose_state_layout)
@@ -210,7 +207,7 @@ def fused_recurrent_kda(
         out, final_state, _ = ops.prefill(
             q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
             use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
-            output_final_state,
+            output_final_state, zero_out=cu_seqlens is not None,
         )  # fmt: skip
         return out, final_state
     if initial_state is None:

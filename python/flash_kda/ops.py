@@ -19,6 +19,17 @@ from torch import Tensor
 
 from . import _C
 
+# What every call uses, without a look-up in a module.
+_fwd = _C._fwd_in_order
+_empty_like = torch.empty_like
+_CONTIGUOUS = torch.contiguous_format
+_FLOAT32 = torch.float32
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+
 _OPTIONS = """
     str gate="bounded", bool l2norm=True, bool beta_is_logit=True, bool allow_neg_eigval=False,
     str state_layout="vk"
@@ -32,8 +43,8 @@ _SCHEMAS = {
         Tensor? A_log=None, Tensor? dt_bias=None, float? lower_bound=None,
         Tensor? initial_state=None, Tensor? cu_seqlens=None, {_OPTIONS},
         bool output_final_state=False, SymInt checkpoint_every=0, SymInt checkpoint_rows=0,
-        bool checkpoint_before=False, bool batch_invariant=False, str? backend=None
-        ) -> (Tensor out, Tensor final_state, Tensor checkpoint_state)""",
+        bool checkpoint_before=False, bool zero_out=False, bool batch_invariant=False,
+        str? backend=None) -> (Tensor out, Tensor final_state, Tensor checkpoint_state)""",
     "fwd": f"""(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float? scale, Tensor(a!) out,
         Tensor? A_log, Tensor? dt_bias, float? lower_bound, Tensor? initial_state=None,
         Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, *, {_OPTIONS}, {_INDICES},
@@ -54,26 +65,31 @@ def _inner_contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
+
+
 def _one_of(x: Tensor | None, *dtypes: torch.dtype) -> Tensor | None:
     return x if x is None or x.dtype in dtypes else x.to(dtypes[0])
 
 
 def _fitted(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens):
-    """The tensors of a refused call, copied where their strides or dtypes are not the library's."""
+    """The tensors of a refused call, copied where their strides or dtypes are not the library's; None if
+    there is nothing to copy."""
     f32, bf16 = torch.float32, torch.bfloat16
-    return (
+    given = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
+    fitted = (
         _inner_contiguous(q),
         _inner_contiguous(k),
         _inner_contiguous(v),
         _inner_contiguous(_one_of(g, f32, q.dtype)),
         _inner_contiguous(_one_of(beta, f32, q.dtype)),
-        _one_of(A_log, f32, bf16).contiguous() if A_log is not None else None,
-        _one_of(dt_bias, f32, bf16).contiguous() if dt_bias is not None else None,
+        _contiguous(_one_of(A_log, f32, bf16)),
+        _contiguous(_one_of(dt_bias, f32, bf16)),
         _inner_contiguous(_one_of(initial_state, f32, bf16)),
-        _one_of(cu_seqlens, torch.int64, torch.int32).contiguous()
-        if cu_seqlens is not None
-        else None,
+        _contiguous(_one_of(cu_seqlens, torch.int64, torch.int32)),
     )
+    return None if all(x is y for x, y in zip(given, fitted)) else fitted
 
 
 def state_shape(q, v, cu_seqlens, state_layout):
@@ -86,74 +102,8 @@ def state_shape(q, v, cu_seqlens, state_layout):
     return (N, HV, V, q.shape[3]) if state_layout == "vk" else (N, HV, q.shape[3], V)
 
 
-def _outputs(q, v, cu_seqlens, state_layout, output_final_state, checkpoint_rows):
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    final = checkpoints = None
-    if output_final_state or checkpoint_rows:
-        shape = state_shape(q, v, cu_seqlens, state_layout)
-        if output_final_state:
-            final = v.new_empty(shape, dtype=torch.float32)
-        if checkpoint_rows:
-            checkpoints = v.new_empty((checkpoint_rows, *shape[1:]))
-    return out, final, checkpoints
-
-
-def _prefill(
-    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate, l2norm,
-    beta_is_logit, allow_neg_eigval, state_layout, output_final_state, checkpoint_every,
-    checkpoint_rows, checkpoint_before, batch_invariant, backend,
-):  # fmt: skip
-    out, final, checkpoints = _outputs(
-        q, v, cu_seqlens, state_layout, output_final_state, checkpoint_rows
-    )
-    try:
-        _C.fwd(
-            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
-            cu_seqlens, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
-            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
-            checkpoint_state=checkpoints, checkpoint_every=checkpoint_every,
-            checkpoint_before=checkpoint_before, batch_invariant=batch_invariant, backend=backend,
-        )  # fmt: skip
-    except (TypeError, ValueError):  # nothing has been written
-        given = (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
-        fitted = _fitted(*given)
-        if all(x is y for x, y in zip(given, fitted)):
-            raise
-        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens = fitted
-        _C.fwd(
-            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
-            cu_seqlens, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
-            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
-            checkpoint_state=checkpoints, checkpoint_every=checkpoint_every,
-            checkpoint_before=checkpoint_before, batch_invariant=batch_invariant, backend=backend,
-        )  # fmt: skip
-    return out, final, checkpoints
-
-
-def _decode(q, k, v, g, beta, state, **options):
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    try:
-        return _C.decode(q, k, v, g, beta, state, out, **options)
-    except (TypeError, ValueError):
-        # What is written is never copied.
-        read = None if options.get("write_state", True) else state
-        given = (q, k, v, g, beta, options.get("A_log"), options.get("dt_bias"), read, None)
-        fitted = _fitted(*given)
-        if all(x is y for x, y in zip(given, fitted)):
-            raise
-        q, k, v, g, beta, A_log, dt_bias, read, _ = fitted
-        options = {**options, "A_log": A_log, "dt_bias": dt_bias}
-        return _C.decode(q, k, v, g, beta, state if read is None else read, out, **options)
-
-
-# ---- the choice between the two ways ----------------------------------------------------------------
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.maybe_current_level
-_tracing_state = torch._C._get_tracing_state
-_any_autocast = torch._C._is_any_autocast_enabled
+def _checkpoints_like(q, v, rows, state_layout):
+    return v.new_empty((rows, *state_shape(q, v, None, state_layout)[1:]))
 
 
 def _direct(q, k, v, g, beta, state) -> bool:
@@ -164,7 +114,12 @@ def _direct(q, k, v, g, beta, state) -> bool:
         and _functorch_level() is None
         and _tracing_state() is None
         and not _any_autocast()
-        and {type(q), type(k), type(v), type(g), type(beta), type(state)} <= _PLAIN
+        and type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and type(g) is Tensor
+        and type(beta) is Tensor
+        and (state is None or type(state) is Tensor)
         and not q.is_meta
     )
 
@@ -172,31 +127,115 @@ def _direct(q, k, v, g, beta, state) -> bool:
 def prefill(
     q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate, l2norm,
     beta_is_logit, allow_neg_eigval, state_layout, output_final_state, checkpoint_every=0,
-    checkpoint_rows=0, checkpoint_before=False, batch_invariant=False, backend=None,
+    checkpoint_rows=0, checkpoint_before=False, zero_out=False, batch_invariant=False,
+    backend=None, *, here=False,
 ):  # fmt: skip
-    """The operator prefill; final_state and checkpoint_state are None where they are not wanted."""
-    if _direct(q, k, v, g, beta, initial_state):
-        return _prefill(
-            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
-            l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
-            checkpoint_every, checkpoint_rows, checkpoint_before, batch_invariant, backend,
+    """The operator prefill; final_state and checkpoint_state are None where they are not wanted.
+    zero_out: rows of out that belong to no sequence are zero, not what the memory held. With `here` the
+    operator is what calls, and the tensors are the real ones."""
+    if not here and not _direct(q, k, v, g, beta, initial_state):
+        out, final, checkpoints = torch.ops.flash_kda.prefill.default(
+            q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, gate=gate, l2norm=l2norm,
+            beta_is_logit=beta_is_logit, allow_neg_eigval=allow_neg_eigval,
+            state_layout=state_layout, output_final_state=output_final_state,
+            checkpoint_every=checkpoint_every, checkpoint_rows=checkpoint_rows,
+            checkpoint_before=checkpoint_before, zero_out=zero_out,
+            batch_invariant=batch_invariant, backend=backend,
         )  # fmt: skip
-    out, final, checkpoints = torch.ops.flash_kda.prefill.default(
-        q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
-        initial_state=initial_state, cu_seqlens=cu_seqlens, gate=gate, l2norm=l2norm,
-        beta_is_logit=beta_is_logit, allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
-        output_final_state=output_final_state, checkpoint_every=checkpoint_every,
-        checkpoint_rows=checkpoint_rows, checkpoint_before=checkpoint_before,
-        batch_invariant=batch_invariant, backend=backend,
-    )  # fmt: skip
-    return out, final if output_final_state else None, checkpoints if checkpoint_rows else None
+        return out, final if output_final_state else None, checkpoints if checkpoint_rows else None
+
+    out = _empty_like(v) if v.is_contiguous() else _empty_like(v, memory_format=_CONTIGUOUS)
+    if zero_out:
+        out.zero_()
+    if not output_final_state:
+        final = None
+    elif (
+        initial_state is not None
+        and initial_state.dtype is _FLOAT32
+        and initial_state.is_contiguous()
+    ):
+        final = _empty_like(initial_state)  # of the right shape, or the call is refused
+    else:
+        final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=_FLOAT32)
+    options = {}
+    if checkpoint_rows:
+        options["checkpoint_state"] = _checkpoints_like(q, v, checkpoint_rows, state_layout)
+        options["checkpoint_every"] = checkpoint_every
+        options["checkpoint_before"] = checkpoint_before
+    if batch_invariant:
+        options["batch_invariant"] = True
+    if backend is not None:
+        options["backend"] = backend
+    try:
+        if options:
+            _fwd(
+                q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
+                cu_seqlens, gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout, **options,
+            )  # fmt: skip
+        else:  # no dict to look through
+            _fwd(
+                q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
+                cu_seqlens, gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout,
+            )  # fmt: skip
+    except (TypeError, ValueError):  # nothing has been written
+        fitted = _fitted(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
+        if fitted is None:
+            raise
+        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens = fitted
+        _fwd(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
+            cu_seqlens, gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout, **options,
+        )  # fmt: skip
+    return out, final, options.get("checkpoint_state")
 
 
-def decode(q, k, v, g, beta, state, **options):
+def decode(q, k, v, g, beta, state, *, here=False, **options):
     """The operator decode."""
-    if _direct(q, k, v, g, beta, state):
-        return _decode(q, k, v, g, beta, state, **options)
-    return torch.ops.flash_kda.decode.default(q, k, v, g, beta, state, **options)
+    if not here and not _direct(q, k, v, g, beta, state):
+        return torch.ops.flash_kda.decode.default(q, k, v, g, beta, state, **options)
+    out = _empty_like(v) if v.is_contiguous() else _empty_like(v, memory_format=_CONTIGUOUS)
+    try:
+        return _C.decode(q, k, v, g, beta, state, out, **options)
+    except (TypeError, ValueError):
+        # What is written is never copied.
+        read = None if options.get("write_state", True) else state
+        fitted = _fitted(
+            q, k, v, g, beta, options.get("A_log"), options.get("dt_bias"), read, None
+        )  # fmt: skip
+        if fitted is None:
+            raise
+        q, k, v, g, beta, A_log, dt_bias, read, _ = fitted
+        options = {**options, "A_log": A_log, "dt_bias": dt_bias}
+        return _C.decode(q, k, v, g, beta, state if read is None else read, out, **options)
+
+
+def supports(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
+    state_layout, allow_neg_eigval=False, beta_is_logit=True,
+):  # fmt: skip
+    """(True, '') or (False, reason): whether prefill() would take these tensors, copies included."""
+    options = dict(
+        gate=gate, state_layout=state_layout, allow_neg_eigval=allow_neg_eigval,
+        beta_is_logit=beta_is_logit,
+    )  # fmt: skip
+    answer = _C.supports(
+        q, k, v, g, beta, scale, None, A_log, dt_bias, lower_bound, initial_state, None, cu_seqlens,
+        **options,
+    )  # fmt: skip
+    if answer[0]:
+        return answer
+    # One token of one sequence is copied as the whole would be; support does not depend on B, T or N.
+    fitted = _fitted(
+        q[:1, :1], k[:1, :1], v[:1, :1], g[:1, :1], beta[:1, :1], A_log, dt_bias,
+        None if initial_state is None else initial_state[:1], None,
+    )  # fmt: skip
+    if fitted is None:
+        return answer
+    q, k, v, g, beta, A_log, dt_bias, initial_state, _ = fitted
+    return _C.supports(
+        q, k, v, g, beta, scale, None, A_log, dt_bias, lower_bound, initial_state, **options
+    )
 
 
 # ---- the operators ----------------------------------------------------------------------------------
@@ -205,28 +244,32 @@ def decode(q, k, v, g, beta, state, **options):
 def _prefill_kernel(
     q, k, v, g, beta, *, scale=None, A_log=None, dt_bias=None, lower_bound=None, initial_state=None,
     cu_seqlens=None, gate="bounded", l2norm=True, beta_is_logit=True, allow_neg_eigval=False,
-    state_layout="vk", output_final_state=False, checkpoint_every=0, checkpoint_rows=0,
-    checkpoint_before=False, batch_invariant=False, backend=None,
+    state_layout="vk", output_final_state=False, **options,
 ):  # fmt: skip
-    results = _prefill(
+    results = prefill(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
-        l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
-        checkpoint_every, checkpoint_rows, checkpoint_before, batch_invariant, backend,
+        l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state, here=True,
+        **options,
     )  # fmt: skip
     return tuple(_absent(v) if x is None else x for x in results)
 
 
 def _absent(v):
     """An operator's schema has no optional results."""
-    return v.new_empty((0,), dtype=torch.float32)
+    return v.new_empty((0,), dtype=_FLOAT32)
 
 
 def _prefill_fake(
-    q, k, v, g, beta, *, cu_seqlens=None, state_layout="vk", output_final_state=False,
-    checkpoint_rows=0, **_,
+    q, k, v, g, beta, *, initial_state=None, cu_seqlens=None, state_layout="vk",
+    output_final_state=False, checkpoint_rows=0, **_,
 ):  # fmt: skip
-    results = _outputs(q, v, cu_seqlens, state_layout, output_final_state, checkpoint_rows)
-    return tuple(_absent(v) if x is None else x for x in results)
+    final = checkpoints = None
+    if output_final_state:
+        final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=_FLOAT32)
+    if checkpoint_rows:
+        checkpoints = _checkpoints_like(q, v, checkpoint_rows, state_layout)
+    out = _empty_like(v, memory_format=_CONTIGUOUS)
+    return tuple(_absent(v) if x is None else x for x in (out, final, checkpoints))
 
 
 def _fwd_kernel(*arguments, **options):
@@ -235,6 +278,10 @@ def _fwd_kernel(*arguments, **options):
 
 def _fwd_fake(*arguments, **options):
     return None
+
+
+def _decode_kernel(q, k, v, g, beta, state, **options):
+    return decode(q, k, v, g, beta, state, here=True, **options)
 
 
 def _decode_fake(q, k, v, g, beta, state, **_):
@@ -262,7 +309,7 @@ NO_BACKWARD = "use torch.no_grad(), torch.inference_mode(), or tensors that do n
 _KERNELS = {
     "prefill": (_prefill_kernel, _prefill_fake),
     "fwd": (_fwd_kernel, _fwd_fake),
-    "decode": (_decode, _decode_fake),
+    "decode": (_decode_kernel, _decode_fake),
 }
 
 
