@@ -4,6 +4,7 @@
 #   build   C compiler, CMake >= 3.25
 #   test    cmocka, C++ compiler, pkg-config
 #   python  build/venv: what builds the wheel, tests/python/requirements.txt
+#   fla     build/fla/VERSION: the versions of flash-linear-attention that tests/python/test_fla.py runs with
 #   lint    clang-format and clang-tidy 14      fuzz  clang and libFuzzer
 #   abi     abidw and abidiff                   neon  aarch64 cross compiler, qemu, cmocka
 #   coverage  gcovr (build/venv-tools)          docs  Doxygen, Sphinx (build/venv-docs)
@@ -113,6 +114,19 @@ setup_python() {
   local include
   include=$(build/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
   [ -e "$include/Python.h" ] || apt_install python3-dev
+}
+
+setup_fla() {
+  setup_python
+  local version
+  while read -r version; do
+    [ -e "build/fla/$version" ] && continue
+    say "unpacking fla-core $version into build/fla"
+    rm -rf build/fla/part
+    build/venv/bin/pip install --disable-pip-version-check --quiet --no-deps --target build/fla/part \
+      "fla-core==$version"
+    mv build/fla/part "build/fla/$version"
+  done <tests/python/fla-versions.txt
 }
 
 setup_lint() {

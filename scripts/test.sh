@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 jobs=${JOBS:-$(nproc)}
 results=build/results
-scripts/setup.sh test python
+scripts/setup.sh test python fla
 rm -rf "$results" && mkdir -p "$results"
 files=()
 
@@ -47,6 +47,12 @@ if check wheel scripts/wheel.sh --install; then
   files+=("$results/pytest.xml")
   FLASHKDA_TOOL=$PWD/build/release/flashkda build/venv/bin/python -m pytest tests/python -q \
     --junitxml="$results/pytest.xml" -p no:cacheprovider || true
+  while read -r version; do
+    title "pytest with fla-core $version"
+    files+=("$results/pytest-fla-$version.xml")
+    PYTHONPATH=$PWD/build/fla/$version build/venv/bin/python -m pytest tests/python/test_fla.py -q \
+      --junitxml="$results/pytest-fla-$version.xml" -p no:cacheprovider || true
+  done <tests/python/fla-versions.txt
 fi
 
 echo

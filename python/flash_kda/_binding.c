@@ -100,7 +100,8 @@ typedef struct signature {
       P_final_state, P_cu_seqlens, COMMON_OPTIONS, INDEX_OPTIONS, CHECKPOINT_OPTIONS, CALL_OPTIONS
 
 SIGNATURE(fwd, 10, 13, FWD_PARAMETERS);
-SIGNATURE(fwd_in_order, 10, 18, FWD_PARAMETERS); /* COMMON_OPTIONS by position too: fewer to match */
+SIGNATURE(fwd_in_order, 10, 18,
+          FWD_PARAMETERS); /* COMMON_OPTIONS by position too: fewer to match */
 SIGNATURE(decode, 6, 7, P_q, P_k, P_v, P_g, P_beta, P_state, P_out, INDEX_OPTIONS,
           P_num_accepted_tokens, P_scale, P_A_log, P_dt_bias, P_lower_bound, COMMON_OPTIONS,
           P_write_state, CALL_OPTIONS);
