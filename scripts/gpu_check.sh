@@ -63,6 +63,8 @@ cases=(
   'checkpoints/packed_to_bf16_slots_bf16' 'checkpoints/every_batch_bf16'
   'decode/bounded_T1_bf16' 'decode/softplus_T8_bf16' 'decode/2d_apart_vk_f32_T3_bf16'
   'decode/out_of_range_kv_bf16_T1_bf16' 'decode/strides5_bf16' 'decode/strides3_bf16'
+  'decode/out_of_range_2d_kv_bf16_T3_bf16' 'decode/out_of_range_counts_vk_f32_T3_bf16'
+  'decode/draft_bounded_vk_f32_T8_bf16' 'decode/draft_softplus_kv_bf16_T8_bf16' 'ragged/decode_rows_vk_bf16'
 )
 patterns=()
 for name in "${cases[@]}"; do patterns+=(--case "$name"); done

@@ -453,6 +453,25 @@ static void ragged_cases(void) {
       }
     }
   }
+  /* Continuous batching: decode rows beside chunks of prompts, states in a pool that is worked on in
+   * place; every second sequence is new. */
+  for (int d = 0; d < 2; d++) {
+    for (int layout = 0; layout < 2; layout++) {
+      static const int64_t serving[] = {1, 1, 64, 1, 0, 1, 33, 1, 1, 128, 1, 17, 1, 1, 1};
+      fkda_case *c =
+          add(FKDA_GROUP_ragged, 9, io_dtypes[d], "decode_rows_%s", layout ? "kv" : "vk");
+      ragged(c, serving, 15);
+      c->numbers[1] = 15;
+      c->K = c->V = layout ? 64 : 128;
+      c->HV = 4;
+      c->layout = (fkda_state_layout)layout;
+      c->slots = FKDA_SLOTS_PERMUTED;
+      c->skip_every = 5;
+      c->has_initial = c->batch_invariant = true;
+      c->index_dtype = FKDA_I32;
+      c->claims = FKDA_CLAIM_ALONE | FKDA_CLAIM_TWICE;
+    }
+  }
   for (int d = 0; d < 3; d++) {
     fkda_case *c = add(FKDA_GROUP_ragged, 9, io_dtypes[d], "mixed_gva_kv");
     ragged(c, mixed_lens, 11);
@@ -510,9 +529,20 @@ static void stride_cases(void) {
 
 /* ---- indices: 12 ------------------------------------------------------------------------------------ */
 
-static const char *const slot_names[] = {
-    "none",         "permuted", "apart", "initial_only", "final_only", "two_pools",
-    "out_of_range", "negative", "2d",    "2d_apart",     "one_tensor", "2d_one_tensor"};
+static const char *const slot_names[] = {"none",
+                                         "permuted",
+                                         "apart",
+                                         "initial_only",
+                                         "final_only",
+                                         "two_pools",
+                                         "out_of_range",
+                                         "negative",
+                                         "2d",
+                                         "2d_apart",
+                                         "one_tensor",
+                                         "2d_one_tensor",
+                                         "out_of_range_2d",
+                                         "out_of_range_counts"};
 
 static void index_cases(void) {
   for (int slots = FKDA_SLOTS_PERMUTED; slots <= FKDA_SLOTS_NEGATIVE; slots++) {
@@ -761,7 +791,7 @@ static void decode_cases(void) {
         c->T = T;
         c->gate = (fkda_gate)gate;
         if (gate == FKDA_GATE_DIRECT) direct(c, uniform(-3, 0));
-        c->claims = FKDA_CLAIM_TWICE;
+        c->claims = FKDA_CLAIM_TWICE | FKDA_CLAIM_ALONE | FKDA_CLAIM_STEPS;
         c->HV = T % 2 ? 2 : 4;
         c->K = T % 3 ? 64 : 128;
         c->V = T % 4 ? 64 : 128;
@@ -769,9 +799,9 @@ static void decode_cases(void) {
     }
     for (int layout = 0; layout < 2; layout++) {
       for (int pool = 0; pool < 2; pool++) {
-        for (int slots = FKDA_SLOTS_NONE; slots <= FKDA_SLOTS_2D_ONE_TENSOR; slots++) {
-          const bool two = slots == FKDA_SLOTS_2D || slots == FKDA_SLOTS_2D_APART ||
-                           slots == FKDA_SLOTS_2D_ONE_TENSOR;
+        for (int slots = FKDA_SLOTS_NONE; slots <= FKDA_SLOTS_2D_ACCEPTED; slots++) {
+          const bool two = fkda_slots_2d((fkda_slots)slots),
+                     bad = fkda_slots_bad((fkda_slots)slots);
           if (slots == FKDA_SLOTS_INITIAL_ONLY || slots == FKDA_SLOTS_FINAL_ONLY ||
               slots == FKDA_SLOTS_TWO_POOLS)
             continue;
@@ -787,10 +817,14 @@ static void decode_cases(void) {
           c->layout = (fkda_state_layout)layout;
           c->initial_dtype = pools[pool];
           c->index_dtype = (layout ^ pool) ? FKDA_I32 : FKDA_I64;
-          c->skip_every = slots == FKDA_SLOTS_NONE ? 0 : 3;
+          c->skip_every = slots == FKDA_SLOTS_NONE || (two && bad) ? 0 : 3;
           c->has_initial = pool;
           c->initial = (fkda_dist){FKDA_DIST_RAMP, 0, 1};
           c->K = 64;
+          if (!bad) c->claims = FKDA_CLAIM_ALONE;
+          if (two && !bad) c->claims |= FKDA_CLAIM_VERIFY;
+          if (pools[pool] == FKDA_F32 && !bad && slots != FKDA_SLOTS_2D_APART) /* all are stored */
+            c->claims |= FKDA_CLAIM_STEPS;
           c->V = size_for(c->io, 32);
         }
       }
@@ -814,6 +848,43 @@ static void decode_cases(void) {
       c->T = 3;
       c->slots = FKDA_SLOTS_PERMUTED;
       c->layout = kind % 2 ? FKDA_STATE_KV : FKDA_STATE_VK;
+      c->claims = FKDA_CLAIM_ALONE | FKDA_CLAIM_STEPS;
+      c = add_decode(FKDA_GROUP_decode, 10, io, "strides_2d", kind);
+      c->strides = (fkda_strides)kind;
+      c->T = 4;
+      c->M = 5;
+      c->slots = FKDA_SLOTS_2D;
+      c->layout = kind % 2 ? FKDA_STATE_VK : FKDA_STATE_KV;
+      c->claims = FKDA_CLAIM_VERIFY;
+    }
+    static const struct {
+      const char *name;
+      fkda_gate gate;
+      int64_t M, H, HV, K, V;
+    } drafts[] = {{"draft_bounded", FKDA_GATE_BOUNDED, 8, 2, 4, 128, 128},
+                  {"draft_softplus", FKDA_GATE_SOFTPLUS, 9, 2, 2, 128, 64},
+                  {"draft_direct", FKDA_GATE_DIRECT, 8, 1, 3, 64, 128}};
+    for (size_t i = 0; i < sizeof drafts / sizeof drafts[0]; i++) {
+      for (int variant = 0; variant < 4; variant++) {
+        char name[FKDA_CASE_NAME];
+        snprintf(name, sizeof name, "%s_%s_%s_T", drafts[i].name, variant & 1 ? "kv" : "vk",
+                 fkda_dtype_short(pools[variant / 2]));
+        fkda_case *c = add_decode(FKDA_GROUP_decode, 12, io, name, 8);
+        c->T = 8;
+        c->M = drafts[i].M;
+        c->slots = i == 1 ? FKDA_SLOTS_2D_APART : FKDA_SLOTS_2D;
+        c->gate = drafts[i].gate;
+        if (c->gate == FKDA_GATE_DIRECT) direct(c, uniform(-3, 0));
+        c->H = drafts[i].H;
+        c->HV = drafts[i].HV;
+        c->K = drafts[i].K;
+        c->V = drafts[i].V;
+        c->layout = (fkda_state_layout)(variant & 1);
+        c->initial_dtype = pools[variant / 2];
+        c->batch_invariant = variant == 3;
+        c->claims = FKDA_CLAIM_VERIFY | FKDA_CLAIM_ALONE;
+        if (variant < 2 && i != 1) c->claims |= FKDA_CLAIM_STEPS;
+      }
     }
     fkda_case *c = add_decode(FKDA_GROUP_decode, 12, io, "no_write_T", 4);
     c->T = 4;
@@ -1234,6 +1305,15 @@ const fkda_case *fkda_case_find(const char *name) {
     if (strcmp(table[i].name, name) == 0) return &table[i];
   }
   return NULL;
+}
+
+bool fkda_slots_2d(fkda_slots slots) {
+  return slots >= FKDA_SLOTS_2D && slots != FKDA_SLOTS_ONE_TENSOR;
+}
+
+bool fkda_slots_bad(fkda_slots slots) {
+  return slots == FKDA_SLOTS_OUT_OF_RANGE || slots == FKDA_SLOTS_NEGATIVE ||
+         slots == FKDA_SLOTS_2D_OUT_OF_RANGE || slots == FKDA_SLOTS_2D_ACCEPTED;
 }
 
 int64_t fkda_case_sequences(const fkda_case *c) { return c->lens ? c->lens_count : c->B; }

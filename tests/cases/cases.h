@@ -94,6 +94,8 @@ typedef enum fkda_slots {
   FKDA_SLOTS_2D_APART,     /* decode: [N,M] each, some final -1 */
   FKDA_SLOTS_ONE_TENSOR,   /* decode: only initial_state_indices, [N] */
   FKDA_SLOTS_2D_ONE_TENSOR,
+  FKDA_SLOTS_2D_OUT_OF_RANGE, /* as 2D with slots P and -2 to start from or to store to; CPU: an error */
+  FKDA_SLOTS_2D_ACCEPTED, /* as 2D with counts 0 and M + 1; CPU: an error */
 } fkda_slots;
 
 typedef enum fkda_marks {
@@ -116,6 +118,11 @@ enum {
       32,               /* several host threads, and pools of 1, 2 and 3 threads: the same bits */
   FKDA_CLAIM_FORK = 64, /* in a forked child: the same bits */
   FKDA_CLAIM_AFFINE = 128, /* summary: S_in M + b = the prefill's final state */
+  FKDA_CLAIM_STEPS = 256,  /* decode: T calls of one token, the pool in fp32: the same bits */
+  /* Decode, a state stored after every token: without write_state the same outputs and no state; and
+   * storing only the state after the tokens that were accepted, in a slot of its own or where the
+   * sequence started from, leaves the same state there. */
+  FKDA_CLAIM_VERIFY = 512,
 };
 
 #define FKDA_CASE_NUMBERS 3
@@ -178,6 +185,11 @@ const fkda_case *fkda_case_at(int index);
 const fkda_case *fkda_case_find(const char *name);
 /** Number of sequences. */
 int64_t fkda_case_sequences(const fkda_case *c);
+/** Are the indices [N,M]? */
+bool fkda_slots_2d(fkda_slots slots);
+/** Do they name what is no slot, or no column? The CPU backends refuse that and write nothing; CUDA skips
+ *  the sequence, or does not store the state. */
+bool fkda_slots_bad(fkda_slots slots);
 /** "f32", "bf16", "f16", ... */
 const char *fkda_dtype_short(int32_t dtype);
 

@@ -362,6 +362,7 @@ static bool plan_slots(fkda_fixture *f, fkda_random *random, const int64_t *acce
     for (int64_t i = 0; i < N * M; i++) s->final_index[i] = i;
   }
   for (int64_t n = 0; n < N; n++) {
+    if (accepted[n] < 1 || accepted[n] > M) continue; /* skipped below */
     const int64_t start = n * M + accepted[n] - 1;
     if (c->skip_every && n % c->skip_every == c->skip_every - 1) {
       /* -1 on either side skips; one-dimensional ones take turns */
@@ -377,8 +378,15 @@ static bool plan_slots(fkda_fixture *f, fkda_random *random, const int64_t *acce
   }
   if (c->slots == FKDA_SLOTS_OUT_OF_RANGE) s->initial_index[N / 2] = s->initial_slots;
   if (c->slots == FKDA_SLOTS_NEGATIVE) s->final_index[N / 2] = -2;
+  if (c->slots == FKDA_SLOTS_2D_OUT_OF_RANGE) {
+    s->initial_index[accepted[0] - 1] = s->initial_slots;
+    s->initial_index[M + accepted[1] - 1] = -2;
+    s->final_index[2 * M] = s->final_slots;
+    s->final_index[3 * M + c->T - 1] = -2;
+  }
   for (int64_t n = 0; n < N; n++) {
-    const int64_t start = s->initial_index[n * M + accepted[n] - 1];
+    const bool counted = accepted[n] >= 1 && accepted[n] <= M;
+    const int64_t start = counted ? s->initial_index[n * M + accepted[n] - 1] : -1;
     const int64_t *ends = s->final_tensor || !s->initial_tensor || c->op != FKDA_OP_DECODE
                               ? s->final_index
                               : s->initial_index; /* one tensor serves both */
@@ -470,14 +478,17 @@ done:
 static bool place_decode_states(fkda_fixture *f, fkda_random *random) {
   const fkda_case *c = f->c;
   const int64_t N = c->B;
-  const bool two = c->slots == FKDA_SLOTS_2D || c->slots == FKDA_SLOTS_2D_APART ||
-                   c->slots == FKDA_SLOTS_2D_ONE_TENSOR;
+  const bool two = fkda_slots_2d(c->slots);
   slot_plan s = {.columns = two ? c->M : 0};
   bool good = false;
   int64_t *accepted = calloc((size_t)(N + 1), sizeof *accepted);
   if (!accepted) return false;
   for (int64_t n = 0; n < N; n++) {
     accepted[n] = two && c->slots != FKDA_SLOTS_2D_ONE_TENSOR ? 1 + random_below(random, c->M) : 1;
+  }
+  if (c->slots == FKDA_SLOTS_2D_ACCEPTED) {
+    accepted[1] = 0;
+    accepted[2] = c->M + 1;
   }
   if (!plan_slots(f, random, accepted, &s)) goto done;
   if (!place(f, FKDA_FIELD_state, state_tensor(c, c->initial_dtype, s.initial_slots))) goto done;

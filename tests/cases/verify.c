@@ -83,6 +83,23 @@ static int64_t *valid_indices(fkda_call *call, fkda_field field, fkda_field pool
   return values;
 }
 
+/* The same of accepted counts: 1 for what is none, and -1 as that sequence's start in `initial`, which
+ * valid_indices() has made. */
+static int64_t *valid_counts(fkda_call *call, int64_t *initial) {
+  if (!fkda_call_has(call, FKDA_FIELD_num_accepted_tokens) || !initial) return NULL;
+  fkda_tensor *tensor = &call->decode.num_accepted_tokens;
+  const int64_t N = tensor->shape[0], M = call->decode.initial_state_indices.shape[1];
+  int64_t *values = malloc((size_t)(N + 1) * sizeof *values);
+  for (int64_t n = 0; n < N && values; n++) {
+    values[n] = (int64_t)fkda_load(tensor->data, tensor->dtype, n);
+    if (values[n] >= 1 && values[n] <= M) continue;
+    values[n] = 1;
+    initial[n * M] = -1;
+  }
+  if (values) *tensor = fkda_tensor_contiguous(values, FKDA_I64, 1, &N);
+  return values;
+}
+
 static bool make_gold(fkda_fixture *f, char *error, size_t capacity) {
   if (f->have_gold) return true;
   const bool decode = f->c->op == FKDA_OP_DECODE;
@@ -96,16 +113,16 @@ static bool make_gold(fkda_fixture *f, char *error, size_t capacity) {
       return false;
     }
   }
-  int64_t *indices[2] = {NULL, NULL};
-  if (f->c->slots == FKDA_SLOTS_OUT_OF_RANGE || f->c->slots == FKDA_SLOTS_NEGATIVE) {
+  int64_t *indices[3] = {NULL, NULL, NULL};
+  if (fkda_slots_bad(f->c->slots)) {
     indices[0] = valid_indices(&call, FKDA_FIELD_initial_state_indices,
                                decode ? FKDA_FIELD_state : FKDA_FIELD_initial_state);
     indices[1] = valid_indices(&call, FKDA_FIELD_final_state_indices,
                                decode ? FKDA_FIELD_state : FKDA_FIELD_final_state);
+    if (decode) indices[2] = valid_counts(&call, indices[0]);
   }
   const fkda_status status = fkda_call_run(&call);
-  free(indices[0]);
-  free(indices[1]);
+  for (int i = 0; i < 3; i++) free(indices[i]);
   if (status != FKDA_OK) {
     snprintf(error, capacity, "gold: %s: %s", fkda_status_string(status), fkda_last_error());
     return false;
@@ -518,7 +535,16 @@ static void take_tokens(fkda_call *call, int64_t first, int64_t count) {
 static void take_sequence(const fkda_fixture *f, fkda_call *call, int64_t n, int64_t count) {
   static const fkda_field rows[] = {FKDA_FIELD_q, FKDA_FIELD_k,    FKDA_FIELD_v,
                                     FKDA_FIELD_g, FKDA_FIELD_beta, FKDA_FIELD_out};
-  static const fkda_field states[] = {FKDA_FIELD_initial_state, FKDA_FIELD_final_state};
+  static const struct {
+    fkda_field states, indices, other; /* other: the index tensor that serves both purposes */
+  } pools[] = {
+      {FKDA_FIELD_initial_state, FKDA_FIELD_initial_state_indices, FKDA_FIELDS},
+      {FKDA_FIELD_final_state, FKDA_FIELD_final_state_indices, FKDA_FIELDS},
+      {FKDA_FIELD_state, FKDA_FIELD_initial_state_indices, FKDA_FIELD_final_state_indices},
+  };
+  static const fkda_field vectors[] = {FKDA_FIELD_initial_state_indices,
+                                       FKDA_FIELD_final_state_indices, FKDA_FIELD_has_initial_state,
+                                       FKDA_FIELD_num_accepted_tokens};
   if (!f->c->lens) {
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
       fkda_tensor *tensor = fkda_call_tensor(call, rows[i]);
@@ -529,9 +555,17 @@ static void take_sequence(const fkda_fixture *f, fkda_call *call, int64_t n, int
     take_tokens(call, f->begins[n], count);
     call->prefill.cu_seqlens = (fkda_tensor){0};
   }
-  for (int i = 0; i < 2; i++) {
-    fkda_tensor *tensor = fkda_call_tensor(call, states[i]);
-    if (tensor->dtype) *tensor = fkda_slice(*tensor, 0, n, 1);
+  for (size_t i = 0; i < sizeof pools / sizeof pools[0]; i++) {
+    if (!fkda_call_has(call, pools[i].states) || fkda_call_has(call, pools[i].indices) ||
+        (pools[i].other != FKDA_FIELDS && fkda_call_has(call, pools[i].other)))
+      continue;
+    fkda_tensor *tensor = fkda_call_tensor(call, pools[i].states);
+    *tensor = fkda_slice(*tensor, 0, n, 1);
+  }
+  for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; i++) {
+    if (!fkda_call_has(call, vectors[i])) continue;
+    fkda_tensor *tensor = fkda_call_tensor(call, vectors[i]);
+    *tensor = fkda_slice(*tensor, 0, n, 1);
   }
 }
 
@@ -704,6 +738,160 @@ static bool prefix(fkda_fixture *f, fkda_result *result) {
   return good;
 }
 
+/* ---- claims about decode -------------------------------------------------------------------------- */
+
+/* Slot by the case's index tensors: that sequence n starts from (t < 0), or that its state after token t
+ * goes to. -1: the sequence is skipped, or the state not stored. */
+static int64_t slot_of(const fkda_fixture *f, int64_t n, int64_t t) {
+  const fkda_decode_args *d = &f->host.decode;
+  const fkda_tensor *first = t < 0 ? &d->initial_state_indices : &d->final_state_indices;
+  const fkda_tensor *second = t < 0 ? &d->final_state_indices : &d->initial_state_indices;
+  const fkda_tensor *x = first->dtype ? first : second;
+  if (f->skipped[n]) return -1;
+  if (!x->dtype) return n;
+  int64_t column = t;
+  if (t < 0) {
+    const fkda_tensor *count = &d->num_accepted_tokens;
+    column = count->dtype ? (int64_t)fkda_load(count->data, count->dtype, n) - 1 : 0;
+  }
+  if (x->ndim == 1) column = 0;
+  return (int64_t)fkda_load(x->data, x->dtype, n * x->stride[0] + column);
+}
+
+/* Slots [N] or [N,columns] on the device; its `data` is to be freed. */
+static fkda_tensor place_slots(const fkda_fixture *f, int64_t columns, const int64_t *values) {
+  const int64_t shape[2] = {f->c->B, columns};
+  fkda_tensor tensor = fkda_tensor_contiguous(NULL, FKDA_I64, columns ? 2 : 1, shape);
+  const size_t bytes = fkda_tensor_extent(&tensor);
+  tensor.data = f->memory->alloc(f->memory, bytes);
+  if (tensor.data && !f->memory->upload(f->memory, tensor.data, values, bytes)) {
+    f->memory->free(f->memory, tensor.data);
+    tensor.data = NULL;
+  }
+  return tensor;
+}
+
+/* A call of its own for every token, each starting from the slot to which the one before has stored. */
+static bool steps(fkda_fixture *f, fkda_result *result) {
+  const fkda_case *c = f->c;
+  const char *backend = f->device.header.backend;
+  /* The reference's running state is in double, what it stores between two calls is not. */
+  if (backend && strcmp(backend, "reference") == 0) return true;
+  int64_t *from = calloc((size_t)c->B + 1, sizeof *from),
+          *to = calloc((size_t)c->B + 1, sizeof *to);
+  bool good = (from && to) || complain(result, "steps: out of memory");
+  good = good && (reset(f) || complain(result, "steps: upload failed"));
+  for (int64_t n = 0; n < c->B && good; n++) to[n] = slot_of(f, n, -1);
+  for (int64_t t = 0; t < c->T && good; t++) {
+    for (int64_t n = 0; n < c->B; n++) {
+      from[n] = to[n];
+      to[n] = slot_of(f, n, t);
+    }
+    fkda_call call = f->device;
+    take_tokens(&call, t, 1);
+    const fkda_tensor start = place_slots(f, 0, from), end = place_slots(f, 0, to);
+    call.decode.initial_state_indices = start;
+    call.decode.final_state_indices = end;
+    call.decode.num_accepted_tokens = (fkda_tensor){0};
+    if (t) call.decode.has_initial_state = (fkda_tensor){0};
+    good = (start.data && end.data) || complain(result, "steps: out of memory");
+    good = good && invoke(f, &call, FKDA_OK, result);
+    if (start.data) f->memory->free(f->memory, start.data);
+    if (end.data) f->memory->free(f->memory, end.data);
+  }
+  free(from);
+  free(to);
+  return good && same_bits(f, "one token at a time", result);
+}
+
+/* What the buffers hold after a call is what they held after the judged one, but for the pool, which is as
+ * before but for slots to[n], which hold what the judged call left in slots as[n]; to[n] < 0: none. */
+static bool same_but_pool(fkda_fixture *f, const char *claim, const int64_t *to, const int64_t *as,
+                          fkda_result *result) {
+  fkda_buffer *pool = &f->buffers[f->buffer_of[FKDA_FIELD_state]];
+  unsigned char *judged = pool->base;
+  unsigned char *expected = malloc(pool->bytes);
+  if (!expected) return complain(result, "%s: out of memory", claim);
+  memcpy(expected, pool->before, pool->bytes);
+  const fkda_tensor target = fkda_fixture_view(f, FKDA_FIELD_state, expected);
+  const fkda_tensor source = fkda_fixture_view(f, FKDA_FIELD_state, judged);
+  const size_t size = fkda_dtype_size(target.dtype);
+  for (int64_t n = 0; n < f->c->B; n++) {
+    if (to[n] < 0) continue;
+    const fkda_tensor one = fkda_slice(target, 0, to[n], 1),
+                      other = fkda_slice(source, 0, as[n], 1);
+    fkda_walk walk = {0};
+    for (int64_t e = fkda_tensor_elements(&one); e > 0; e--, fkda_walk_step(&walk, &one)) {
+      const size_t at = (size_t)walk.offset * size;
+      memcpy((unsigned char *)one.data + at, (unsigned char *)other.data + at, size);
+    }
+  }
+  pool->base = expected;
+  const bool good = same_bits(f, claim, result);
+  pool->base = judged;
+  free(expected);
+  return good;
+}
+
+/* `in_place`: the accepted state goes to where the sequence started from, as with one slot a sequence. */
+static bool commit(fkda_fixture *f, bool in_place, fkda_result *result) {
+  const fkda_case *c = f->c;
+  const char *claim = in_place ? "accepted tokens in place" : "accepted tokens to their slot";
+  int64_t *start = malloc((size_t)(c->B * c->T + 1) * sizeof *start);
+  int64_t *end = malloc((size_t)(c->B * c->T + 1) * sizeof *end);
+  int64_t *to = malloc((size_t)(c->B + 1) * sizeof *to),
+          *as = malloc((size_t)(c->B + 1) * sizeof *as);
+  bool good = (start && end && to && as) || complain(result, "%s: out of memory", claim);
+  int64_t stored = 0;
+  for (int64_t n = 0; n < c->B && good; n++) {
+    const int64_t accepted = 1 + (n + c->T / 2) % c->T;
+    as[n] = slot_of(f, n, accepted - 1);
+    to[n] = as[n] < 0 ? -1 : in_place ? slot_of(f, n, -1) : as[n];
+    stored += to[n] >= 0;
+    for (int64_t t = 0; t < c->T; t++) {
+      start[n * c->T + t] = t ? -1 : slot_of(f, n, -1);
+      end[n * c->T + t] = t == accepted - 1 ? to[n] : -1;
+    }
+  }
+  if (good && !stored) good = complain(result, "%s: no state is stored", claim);
+  if (good) {
+    fkda_call call = f->device;
+    call.decode.initial_state_indices = place_slots(f, c->T, start);
+    call.decode.final_state_indices = place_slots(f, c->T, end);
+    call.decode.num_accepted_tokens = (fkda_tensor){0};
+    void *first = call.decode.initial_state_indices.data;
+    void *second = call.decode.final_state_indices.data;
+    good = (first && second) || complain(result, "%s: out of memory", claim);
+    good = good && reset(f) && invoke(f, &call, FKDA_OK, result) &&
+           same_but_pool(f, claim, to, as, result);
+    if (first) f->memory->free(f->memory, first);
+    if (second) f->memory->free(f->memory, second);
+  }
+  free(start);
+  free(end);
+  free(to);
+  free(as);
+  return good;
+}
+
+static bool output_only(fkda_fixture *f, fkda_result *result) {
+  int64_t *none = malloc((size_t)(f->c->B + 1) * sizeof *none);
+  if (!none) return complain(result, "output only: out of memory");
+  for (int64_t n = 0; n < f->c->B; n++) none[n] = -1;
+  fkda_call call = f->device;
+  call.decode.write_state = 0;
+  const bool good = reset(f) && invoke(f, &call, FKDA_OK, result) &&
+                    same_but_pool(f, "output only", none, none, result);
+  free(none);
+  return good;
+}
+
+static bool verification(fkda_fixture *f, fkda_result *result) {
+  return output_only(f, result) && commit(f, false, result) && commit(f, true, result);
+}
+
+/* ---- more claims ---------------------------------------------------------------------------------- */
+
 typedef struct thread_task {
   pthread_t thread;
   const fkda_fixture *leader;
@@ -870,7 +1058,9 @@ static bool claims_hold(fkda_fixture *f, fkda_result *result) {
          (!(claims & FKDA_CLAIM_PREFIX) || prefix(f, result)) &&
          (!(claims & FKDA_CLAIM_THREADS) || threads(f, result)) &&
          (!(claims & FKDA_CLAIM_FORK) || forked(f, result)) &&
-         (!(claims & FKDA_CLAIM_AFFINE) || affine(f, result));
+         (!(claims & FKDA_CLAIM_AFFINE) || affine(f, result)) &&
+         (!(claims & FKDA_CLAIM_STEPS) || steps(f, result)) &&
+         (!(claims & FKDA_CLAIM_VERIFY) || verification(f, result));
 }
 
 /* ---- a case ------------------------------------------------------------------------------------- */
@@ -886,10 +1076,8 @@ static bool may_refuse(const fkda_fixture *f) {
          (c->marks != FKDA_MARKS_NONE && c->checkpoint_dtype == FKDA_F16);
 }
 
-/* Slots that the CPU backends must refuse, with nothing written; CUDA skips them. */
 static bool must_refuse(const fkda_fixture *f) {
-  return (f->c->slots == FKDA_SLOTS_OUT_OF_RANGE || f->c->slots == FKDA_SLOTS_NEGATIVE) &&
-         f->memory->device_type == FKDA_DEVICE_CPU;
+  return fkda_slots_bad(f->c->slots) && f->memory->device_type == FKDA_DEVICE_CPU;
 }
 
 bool fkda_fixture_run(fkda_fixture *f, const char *backend, fkda_result *result) {
