@@ -36,6 +36,8 @@ strict=(-std=c11 -Wall -Wextra -Wpedantic -Werror)
 read -ra flags <<<"$(pkg-config --cflags --libs flashkda)"
 "$cc" "${strict[@]}" "$source/examples/prefill.c" "${flags[@]}" -o "$work/prefill"
 runs "$work/prefill"
+"$cc" "${strict[@]}" "$source/examples/serving.c" "${flags[@]}" -o "$work/serving"
+"$work/serving" --requests 20 >/dev/null || fail "examples/serving.c"
 read -ra flags <<<"$(pkg-config --cflags flashkda)"
 private=$(pkg-config --static --libs-only-other --libs-only-l flashkda)
 read -ra private <<<"${private/-lflashkda/}"
