@@ -10,6 +10,7 @@ import flash_kda
 import numpy as np
 import pytest
 import test_cases as table
+import test_serving
 import torch
 from problems import DLPackOnly, TorchLike, error, numpy_of, problem, torch_of
 
@@ -473,6 +474,68 @@ def test_graph_decode_steps():
         step()
         assert same_bits(call.results()[0], seen[t])
     assert same_bits(pool, graph_pool)
+
+
+@pytest.mark.parametrize("T", [1, 4], ids=["one_token", "drafts"])
+@pytest.mark.parametrize("layout", ["vk", "kv"])
+def test_graphs_of_padded_batches(T, layout):
+    """A graph a batch size, captured once: rows beyond the batch have slot -1 (and any count), and leave
+    out and pool alone; the others give the bits of a call without padding."""
+    sizes, H, HV, P = (1, 2, 4, 8), 2, 4, 9 * T
+    flash_kda.warmup("cuda")
+    p = problem(B=8, T=T, H=H, HV=HV, K=128, V=128, state=False)
+    call = Call(p)
+    pool = torch.randn(P, HV, 128, 128, device="cuda")
+    start = pool.clone()
+    columns = (T,) if T > 1 else ()
+    slots = torch.full((8, *columns), -1, dtype=torch.int32, device="cuda")
+    accepted = torch.zeros(8, dtype=torch.int32, device="cuda")
+
+    def step(n, table, counts):
+        flash_kda.decode(
+            *[x[:n] for x in call.inputs], pool, call.out[:n], A_log=call.A_log,
+            dt_bias=call.dt_bias, state_indices=table[:n], state_layout=layout,
+            num_accepted_tokens=counts[:n] if T > 1 else None, batch_invariant=True,
+        )  # fmt: skip
+
+    graphs = {}
+    for size in sizes:
+        graphs[size] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[size]):
+            step(size, slots, accepted)
+    rng = np.random.default_rng(T)
+    for n in (1, 2, 3, 5, 7, 8, 4):
+        for to, x in zip(
+            call.inputs, Call(problem(B=8, T=T, H=H, HV=HV, K=128, V=128, seed=n)).inputs
+        ):
+            to.copy_(x)
+        table = rng.permutation(P)[: n * T].reshape(n, *columns).astype(np.int32)
+        slots.fill_(-1)
+        slots[:n] = torch.from_numpy(table).cuda()
+        accepted.fill_(0)
+        accepted[:n] = torch.from_numpy(rng.integers(1, T + 1, n).astype(np.int32)).cuda()
+        pool.copy_(start)
+        call.poison()
+        graphs[next(size for size in sizes if size >= n)].replay()
+        out, states = call.results()[0], pool.clone()
+        assert torch.isfinite(out[:n]).all() and torch.isnan(out[n:]).all()
+        unused = sorted(set(range(P)) - set(table.flatten().tolist()))
+        assert same_bits(states[unused], start[unused]) and not same_bits(states, start)
+        pool.copy_(start)
+        call.poison()
+        step(n, slots, accepted)
+        assert same_bits(call.results()[0], out) and same_bits(pool, states)
+
+
+@pytest.mark.parametrize("mode", ["decode", "mixed", "graphs"])
+def test_serving_engine(mode):
+    """Continuous batching: every request as it is alone, bit for bit."""
+    serving = test_serving.serving
+    arguments = [] if mode == "decode" else [f"--{mode}"]
+    sizes = ["--heads", "4", "--dim", "128"] if mode == "decode" else []
+    row = serving.serve(serving.parse(["--device", "cuda", "--requests", "60", *arguments, *sizes]))
+    assert row["differing"] == [] and row["slots_lost"] == 0
+    assert row["finished"] and row["cancelled"] and row["cache_hits"]
 
 
 # ---- streams, threads, devices ------------------------------------------------------------------------
