@@ -30,7 +30,7 @@ enum {
   END = 0,          /* the token that ends an answer */
   PREFIXES = 12,    /* different beginnings that prompts share */
   CACHED = 6,       /* slots for their checkpoints: fewer, so that some are evicted */
-  PIECE = 16,       /* pieces of a prompt begin at multiples of every backend's chunk */
+  CHECKPOINT = 16,  /* checkpoints lie at multiples of this */
   MAX_PROMPT = 400, /* of a request's prompt and answer */
   MAX_ANSWER = 48,
   STEP_TOKENS = 128, /* of prompts in one step */
@@ -154,13 +154,18 @@ static fkda_tensor vector_of(void *data, int32_t dtype, int64_t count) {
   return fkda_tensor_contiguous(data, dtype, 1, &count);
 }
 
+/* Pieces of a prompt begin at multiples of it: of the plan's chunk, so that they give the bits of one
+ * call, and where checkpoints may lie. */
+static int64_t piece = CHECKPOINT;
+
 /* ---- requests ------------------------------------------------------------------------------------------- */
 
 typedef struct request {
   int64_t id;
-  int64_t prompt, answer;     /* tokens of the prompt; at most so many of the answer */
-  int64_t prefix, prefix_end; /* which shared beginning (-1: none), how long; a multiple of PIECE */
-  int64_t cancelled_at;       /* tokens after which the client goes away; beyond all: never */
+  int64_t prompt, answer; /* tokens of the prompt; at most so many of the answer */
+  int64_t prefix,
+      prefix_end;       /* which shared beginning (-1: none), how long; a multiple of `piece` */
+  int64_t cancelled_at; /* tokens after which the client goes away; beyond all: never */
   int32_t tokens[MAX_PROMPT + MAX_ANSWER + 1];
   uint64_t sums[MAX_PROMPT + MAX_ANSWER]; /* checksum of each token's output */
 
@@ -180,7 +185,8 @@ static request *new_request(int64_t id) {
   if (draw(stream, 0) % 4) {
     const uint64_t a = draw(stream, 1) % PREFIXES, b = draw(stream, 2) % PREFIXES;
     r->prefix = (int64_t)(a < b ? a : b); /* some are more popular than others */
-    r->prefix_end = PIECE * (int64_t)(1 + draw(100, (uint64_t)r->prefix) % 12);
+    const int64_t length = CHECKPOINT * (int64_t)(1 + draw(100, (uint64_t)r->prefix) % 12);
+    r->prefix_end = (length + piece - 1) / piece * piece;
   }
   r->prompt = r->prefix_end + 1 + (int64_t)(draw(stream, 3) % (draw(stream, 4) % 4 ? 60 : 200));
   r->answer = 1 + (int64_t)(draw(stream, 5) % MAX_ANSWER);
@@ -205,6 +211,8 @@ static bool finished(const request *r) {
   return r->known > r->prompt &&
          (r->known == r->prompt + r->answer || r->tokens[r->known - 1] == END);
 }
+
+static bool all_same = true;
 
 /* The same request by itself: its prompt in one call, then token by token. */
 static bool same_alone(const request *batched) {
@@ -231,7 +239,7 @@ static bool same_alone(const request *batched) {
   }
   for (int64_t t = batched->restored; t < batched->done && same; ++t) {
     same = r->sums[t] == batched->sums[t] && r->tokens[t] == batched->tokens[t];
-    if (!same)
+    if (!same && all_same) /* the first of them */
       fprintf(stderr, "serving: request %lld differs from itself alone at token %lld\n",
               (long long)r->id, (long long)t);
   }
@@ -337,7 +345,6 @@ static struct {
   request **members;
 } call;
 static int64_t prompt_tokens, answer_tokens, calls, completed, cancelled;
-static bool all_same = true;
 
 static void prefill_args_of(fkda_prefill_args *args, int64_t tokens, int64_t sequences,
                             int64_t checkpoints) {
@@ -386,6 +393,10 @@ static void make_engine(void) {
   must(fkda_workspace_size(&decode, &sizes[1]));
   call.workspace_size = sizes[0] > sizes[1] ? sizes[0] : sizes[1];
   call.workspace = room(call.workspace_size);
+  fkda_plan_info plan = {.struct_size = sizeof plan};
+  must(fkda_plan(&prefill, &plan));
+  if (plan.chunk > piece) piece = plan.chunk;
+  printf("backend %s, chunk %d\n", plan.backend, (int)plan.chunk);
 }
 
 static void retire(request *r, bool done) {
@@ -413,7 +424,7 @@ static void sweep(void) {
 /* The next piece of a prompt: what is left of it, or as many chunks as this step still takes. */
 static int64_t piece_of(const request *r, int64_t budget) {
   const int64_t left = r->known - r->done;
-  return left <= budget ? left : budget / PIECE * PIECE;
+  return left <= budget ? left : budget / piece * piece;
 }
 
 /* Pieces of prompts, first come first served; with --mixed the decoding requests between them. */

@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import platform
 import random
+import re
 import sys
 import time
 
@@ -34,7 +35,7 @@ VOCABULARY = 256
 END = 0  # the token that ends an answer
 PREFIXES = 12  # different beginnings that prompts share
 CACHED = 6  # slots for their checkpoints: fewer, so that some are evicted
-PIECE = 16  # pieces of a prompt begin at multiples of every backend's chunk
+CHECKPOINT = 16  # checkpoints lie at multiples of this
 MAX_ANSWER = 48
 
 
@@ -53,6 +54,14 @@ class Model:
         # Odd, so that a change of any single bit of the output changes the sum.
         weights = torch.randint(2**62, (self.H, self.D), generator=generator) * 2 + 1
         self.weights = weights.to(self.device)
+        self.piece = max(CHECKPOINT, self.chunk())
+
+    def chunk(self):
+        """The plan's: pieces of a prompt that begin at multiples of it give the bits of one call."""
+        tokens = self.integers([0] * 64, torch.int64)
+        inputs = [x[tokens][None] for x in self.table]
+        plan = flash_kda.plan(*inputs, cu_seqlens=self.integers([0, 64]), batch_invariant=True)
+        return int(re.search(r"chunk (\d+)", plan)[1])
 
     def states(self, slots):
         return torch.full((slots, self.H, self.D, self.D), torch.nan, device=self.device)
@@ -85,7 +94,7 @@ class Request:
     prompt: int  # tokens
     answer: int  # at most so many
     prefix: int  # which shared beginning; -1: none
-    prefix_end: int  # its length, a multiple of PIECE
+    prefix_end: int  # its length, a multiple of the model's piece
     cancelled_at: int | None  # tokens after which the client goes away
     tokens: list  # of the prompt and of the answer so far
     sums: list = dataclasses.field(default_factory=list)  # of each token's output
@@ -113,14 +122,15 @@ class Request:
         return self.cancelled_at is not None and self.done >= self.cancelled_at
 
 
-def make_request(seed, number):
+def make_request(seed, number, piece):
     """The same request whenever it is made."""
     rng = random.Random(f"{seed} {number}")
     prefix, shared = -1, []
     if rng.random() < 0.75:
         prefix = min(rng.randrange(PREFIXES), rng.randrange(PREFIXES))  # some are more popular
         beginning = random.Random(f"{seed} prefix {prefix}")
-        shared = [1 + beginning.randrange(VOCABULARY - 1) for _ in range(PIECE * (1 + prefix % 12))]
+        length = -(-CHECKPOINT * (1 + prefix % 12) // piece) * piece
+        shared = [1 + beginning.randrange(VOCABULARY - 1) for _ in range(length)]
     own = 1 + rng.randrange(rng.choice((60, 60, 60, 200)))
     tokens = shared + [1 + rng.randrange(VOCABULARY - 1) for _ in range(own)]
     answer = 1 + rng.randrange(MAX_ANSWER)
@@ -287,7 +297,7 @@ class Engine:
 
     def pieces(self):
         """(request, tokens) of this step: what is left of a prompt, or whole chunks within the budget."""
-        budget = self.options.step_tokens
+        budget = max(self.options.step_tokens, self.model.piece)
         for request in self.running:
             if request.done >= request.prompt:
                 if self.options.mixed:
@@ -295,7 +305,7 @@ class Engine:
                 continue
             count = len(request.tokens) - request.done
             if count > budget:
-                count = budget // PIECE * PIECE
+                count = budget // self.model.piece * self.model.piece
             if count:
                 budget -= count
                 yield request, count
@@ -344,7 +354,7 @@ class Engine:
 
 def same_alone(model, batched, options):
     """The request by itself: its prompt in one call, then token by token."""
-    r = make_request(options.seed, batched.id)
+    r = make_request(options.seed, batched.id, model.piece)
     state = model.states(1)
     while r.done < batched.done:
         tokens = model.integers(r.tokens[r.done :], torch.int64)
@@ -373,7 +383,7 @@ def serve(options):
         steps += 1
         arrived = min(options.requests, arrived + arrivals.randrange(4))
         while admitted < arrived and len(engine.running) < options.slots:
-            request = make_request(options.seed, admitted)
+            request = make_request(options.seed, admitted, model.piece)
             admitted += 1
             if request.cancelled:  # while it waited
                 cancelled += 1
@@ -449,20 +459,16 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     if options.graphs and (options.mixed or not options.device.startswith("cuda")):
         parser.error("--graphs: expected --device cuda, and not --mixed")
-    if options.step_tokens < PIECE:
-        parser.error(f"--step-tokens: {options.step_tokens}, expected at least {PIECE}")
+    if options.step_tokens < CHECKPOINT:
+        parser.error(f"--step-tokens: {options.step_tokens}, expected at least {CHECKPOINT}")
     return options
 
 
 def main(arguments=None):
     options = parse(arguments)
-    threads = torch.get_num_threads()
     if options.device == "cpu":
-        torch.set_num_threads(1)  # torch's small copies; the library has threads of its own
-    try:
-        row = serve(options)
-    finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # for torch's small copies; the library has threads of its own
+    row = serve(options)
     print(
         f"{row['requests']} requests: {row['finished']} finished, {row['cancelled']} cancelled; "
         f"{row['steps']} steps, {row['calls']} calls, at most {row['most_at_once']} at once\n"

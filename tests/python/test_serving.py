@@ -21,6 +21,15 @@ def load():
 serving = load()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of torch's, which does small copies here: the library has threads of its own."""
+    threads = serving.torch.get_num_threads()
+    serving.torch.set_num_threads(1)
+    yield
+    serving.torch.set_num_threads(threads)
+
+
 def serve(*arguments):
     return serving.serve(serving.parse(["--requests", "60", *arguments]))
 
@@ -78,7 +87,7 @@ def test_a_wrong_state_is_noticed(monkeypatch, what):
         monkeypatch.setattr(serving.Model, "prefill", ignore_has_state(serving.Model.prefill))
     else:
         monkeypatch.setattr(serving.Engine, "admit", touch_a_state(serving.Engine.admit))
-    assert serve("--step-tokens", "32")["differing"]
+    assert serve("--requests", "80", "--step-tokens", "32")["differing"]
 
 
 def evict_anything(cache):
