@@ -5,8 +5,8 @@
  * part (32 or 64) of its value columns, and reads and writes that part of the state once whatever the
  * number of tokens. It runs
  *
- *   1. the sequence's slot number, and with it the asynchronous copy of the whole state part to shared
- *      memory: nothing else that the block does can hold it up;
+ *   1. loads of the sequence's slot number and of all that does not depend on it; with the slot, the
+ *      asynchronous copy of the whole state part to shared memory;
  *   2. meanwhile activation (1)-(3), one warp a token;
  *   3. the state to registers in fp32, and the recurrence, token by token. S q of (7) is taken together
  *      with S k of (5) from the decayed state, so that a token costs one reduction:
@@ -419,19 +419,27 @@ INLINE void store_out(const fkda_problem &p, const place &at, int t, int column,
       (uint16_t)bf16_bits(o);
 }
 
-/* A block up to the recurrence, common to both layouts. False: the sequence is skipped. */
+/* A block up to the recurrence, common to both layouts. False: the sequence is skipped. All that does not
+ * depend on the slot is asked for before the slot is waited for: a small batch takes as long as the
+ * longest chain of loads, which is the slot and then the state. */
 template <int K, int PART, int LINES, int QUADS>
 INLINE bool begin(held<LINES, QUADS> &S, shared_memory<K> &shared,
                   const fkda_portable_params &params, const place &at, const lines &mine) {
   const fkda_problem &p = params.problem;
   const int warp = threadIdx.x / 32, T = (int)p.T;
   const raw_slots raw = fetch_slots(p, at.n);
+  raw_gate<K> gate;
+  raw_token<K, PART> token;
+  if (__any_sync(WARP, warp < T)) { /* votes tell the compiler that a warp's threads agree */
+    fetch_gate(gate, p, at);
+    fetch_token(token, p, at, warp);
+  }
+
   const bool one_dimensional = p.final_indices.columns == 0;
   const int64_t initial = slot_of(p, p.initial_indices, raw.initial);
   const int64_t final = slot_of(p, p.final_indices, raw.final);
   const bool skip = !raw.valid || initial < 0 || (one_dimensional && final < 0);
-  if (__any_sync(WARP, skip))
-    return false; /* votes tell the compiler that a warp's threads agree */
+  if (__any_sync(WARP, skip)) return false;
 
   const bool load = __any_sync(WARP, raw.has_initial != 0), aligned = params.aligned_state != 0;
   const int64_t from = initial * p.initial.stride_slot + at.head * p.initial.stride_head;
@@ -445,11 +453,10 @@ INLINE bool begin(held<LINES, QUADS> &S, shared_memory<K> &shared,
   }
 #pragma unroll 1
   for (int t = warp; __any_sync(WARP, t < T); t += WARPS) {
-    raw_token<K, PART> token;
-    raw_gate<K> gate;
-    fetch_token(token, p, at, t);
-    fetch_gate(gate, p, at);
+    raw_token<K, PART> next = token;
+    if (__any_sync(WARP, t + WARPS < T)) fetch_token(next, p, at, t + WARPS);
     activate(shared.x, token, gate, p, t);
+    token = next;
   }
 
   if (!load)
