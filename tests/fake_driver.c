@@ -212,22 +212,41 @@ EXPORT int cuFuncLoad(void *loaded) {
   atomic_fetch_add(&fake.function_loads, 1);
   return SUCCESS;
 }
-EXPORT int cuLaunchKernel(void *launched, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                          unsigned by, unsigned bz, unsigned shared, void *stream,
-                          void **parameters, void **extra) {
+/* As cuda.h has them. */
+typedef struct launch_attribute {
+  int id;
+  char pad[4];
+  union {
+    char pad[64];
+    void *pointer;
+    int value;
+  } value;
+} launch_attribute;
+typedef struct launch_config {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void *stream;
+  launch_attribute *attributes;
+  unsigned attribute_count;
+} launch_config;
+
+EXPORT int cuLaunchKernelEx(const launch_config *c, void *launched, void **parameters,
+                            void **extra) {
   BEGIN_STARTED;
   const function *f = launched;
   if (!current() || current()->device != f->device)
-    return mistake("cuLaunchKernel: another device's context", INVALID_CONTEXT);
-  if (!f->loaded) return mistake("cuLaunchKernel: not loaded", CAPTURE_UNSUPPORTED);
-  if (!gx || gx > INT32_MAX || (int)shared > f->shared || extra)
-    return mistake("cuLaunchKernel: sizes", INVALID_VALUE);
-  if (stream && ((fake_stream *)stream)->device != f->device) return INVALID_HANDLE;
+    return mistake("cuLaunchKernelEx: another device's context", INVALID_CONTEXT);
+  if (!f->loaded) return mistake("cuLaunchKernelEx: not loaded", CAPTURE_UNSUPPORTED);
+  if (!c->gx || c->gx > INT32_MAX || (int)c->shared > f->shared || extra)
+    return mistake("cuLaunchKernelEx: sizes", INVALID_VALUE);
+  if (c->attribute_count > 1 || (c->attribute_count && c->attributes[0].id != 6))
+    return mistake("cuLaunchKernelEx: attributes", INVALID_VALUE);
+  if (c->stream && ((fake_stream *)c->stream)->device != f->device) return INVALID_HANDLE;
   pthread_mutex_lock(&mutex);
-  fake.launch = (fake_launch){.grid = {gx, gy, gz},
-                              .block = {bx, by, bz},
-                              .shared = shared,
-                              .stream = stream,
+  fake.launch = (fake_launch){.grid = {c->gx, c->gy, c->gz},
+                              .block = {c->bx, c->by, c->bz},
+                              .shared = c->shared,
+                              .stream = c->stream,
+                              .early = c->attribute_count ? c->attributes[0].value.value : 0,
                               .device = f->device};
   memcpy(fake.launch.entry, fake.entries[f->index], sizeof fake.launch.entry);
   memcpy(fake.launch.params, parameters[0], (size_t)fake.params_size);

@@ -20,6 +20,7 @@ typedef struct fake_launch {
   char entry[64];
   unsigned grid[3], block[3], shared;
   void *stream;
+  int early;  /* programmatic stream serialization allowed */
   int device; /* of the current context */
   unsigned char params[FAKE_PARAMS];
 } fake_launch;

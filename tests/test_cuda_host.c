@@ -435,6 +435,26 @@ SCENARIO(decode_launch) {
   CHECK(params().problem.final.data == NULL);
 }
 
+/* Decode waits for what is before it by itself, prefill does not. */
+SCENARIO(early_start) {
+  fake.version = fkda_cuda_toolkit_version;
+  fake.capability[0].major = 9;
+  fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
+  CHECK_OK(fkda_decode(&d));
+  CHECK_INT(fake.launch.early, 1);
+  fkda_prefill_args p = prefill(1, 2, 128, 128);
+  CHECK_OK(fkda_prefill(&p));
+  CHECK_INT(fake.launch.early, 0);
+}
+
+SCENARIO(no_early_start_before_hopper) {
+  fake.version = fkda_cuda_toolkit_version;
+  fake.capability[0].major = 8;
+  fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
+  CHECK_OK(fkda_decode(&d));
+  CHECK_INT(fake.launch.early, 0);
+}
+
 SCENARIO(nothing_to_do) {
   fkda_prefill_args a = prefill(0, 2, 128, 128);
   CHECK_OK(fkda_prefill(&a));
@@ -464,7 +484,7 @@ SCENARIO(stream_of_another_device) {
 
 SCENARIO(failed_launch) {
   fkda_prefill_args a = prefill(1, 2, 128, 128);
-  fake.failing = "cuLaunchKernel";
+  fake.failing = "cuLaunchKernelEx";
   fake.failure = 700;
   CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE,
               "fkda_portable_prefill_k128_v64: CUDA_ERROR_FAKE, error 700 (made up for a test)");
@@ -681,6 +701,8 @@ int main(void) {
       cmocka_unit_test(test_prefill_launch),
       cmocka_unit_test(test_alignment),
       cmocka_unit_test(test_decode_launch),
+      cmocka_unit_test(test_early_start),
+      cmocka_unit_test(test_no_early_start_before_hopper),
       cmocka_unit_test(test_nothing_to_do),
       cmocka_unit_test(test_default_stream),
       cmocka_unit_test(test_stream_of_another_device),

@@ -170,6 +170,7 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
                         : FKDA_PORTABLE_PREFILL_THREADS(p->V / plan->value_split),
       .params = &params,
       .stream = p->stream,
+      .waits = decode,
   };
   return fkda_cuda_kernels_launch(&kernels, driver, p->device_id, &l);
 }

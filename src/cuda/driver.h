@@ -32,7 +32,27 @@ enum {
 
   FKDA_CU_CAPTURE_NONE = 0,
   FKDA_CU_CAPTURE_MODE_RELAXED = 2,
+
+  FKDA_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
+
+/* CUlaunchAttribute, of whose union one member is used here, and CUlaunchConfig. */
+typedef struct fkda_cu_launch_attribute {
+  int32_t id;
+  int32_t padding;
+  union {
+    char size[64];
+    void *alignment;
+    int programmatic_stream_serialization_allowed;
+  } value;
+} fkda_cu_launch_attribute;
+
+typedef struct fkda_cu_launch_config {
+  unsigned grid[3], block[3], shared_bytes;
+  fkda_cu_stream stream;
+  fkda_cu_launch_attribute *attributes;
+  unsigned attribute_count;
+} fkda_cu_launch_config;
 
 /* X(name, symbol, parameters): every driver function the library calls. */
 #define FKDA_CU_LIST(X)                                                                            \
@@ -57,10 +77,9 @@ enum {
     (fkda_cu_function * function, fkda_cu_module module, const char *name))                        \
   X(function_set_attribute, "cuFuncSetAttribute",                                                  \
     (fkda_cu_function function, int attribute, int value))                                         \
-  X(launch_kernel, "cuLaunchKernel",                                                               \
-    (fkda_cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,                 \
-     unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,                  \
-     fkda_cu_stream stream, void **parameters, void **extra))
+  X(launch_kernel, "cuLaunchKernelEx",                                                             \
+    (const fkda_cu_launch_config *config, fkda_cu_function function, void **parameters,            \
+     void **extra))
 
 typedef struct fkda_cu_api {
 #define FKDA_CU_MEMBER(name, symbol, parameters) int(*name) parameters;

@@ -181,6 +181,11 @@ fkda_status fkda_cuda_kernels_load(fkda_cuda_kernels *kernels, const fkda_cuda_d
 
 /* ---- launching -------------------------------------------------------------------------------------- */
 
+/* Programmatic dependent launch: sm_90 and newer. Drivers before CUDA 12.3 do not capture it. */
+static bool can_start_early(const fkda_cuda_driver *driver, int32_t device_id) {
+  return driver->devices[device_id].major >= 9 && driver->version >= 12030;
+}
+
 fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,
                                      int32_t device_id, const fkda_cuda_launch *launch) {
   loaded_kernels *l;
@@ -188,9 +193,18 @@ fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda
   TRY(get(driver, kernels, device_id, launch, &l));
   TRY(enter(driver, l->context, &pushed));
   void *parameters[] = {(void *)(uintptr_t)launch->params};
-  const int result = driver->api.launch_kernel(
-      l->kernel[launch->kernel].function, launch->blocks, 1, 1, launch->threads, 1, 1,
-      (unsigned)l->kernel[launch->kernel].shared, launch->stream, parameters, NULL);
+  fkda_cu_launch_attribute early = {.id = FKDA_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                    .value.programmatic_stream_serialization_allowed = 1};
+  const fkda_cu_launch_config config = {
+      .grid = {launch->blocks, 1, 1},
+      .block = {launch->threads, 1, 1},
+      .shared_bytes = (unsigned)l->kernel[launch->kernel].shared,
+      .stream = launch->stream,
+      .attributes = &early,
+      .attribute_count = launch->waits && can_start_early(driver, device_id),
+  };
+  const int result =
+      driver->api.launch_kernel(&config, l->kernel[launch->kernel].function, parameters, NULL);
   leave(driver, pushed);
   const char *entry = kernels->kernels[launch->kernel].entry;
   if (result == FKDA_CU_ERROR_INVALID_HANDLE)

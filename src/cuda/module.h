@@ -33,6 +33,9 @@ typedef struct fkda_cuda_launch {
   uint32_t blocks, threads;
   const void *params; /* the kernel's one parameter, by value */
   void *stream;
+  /* The kernel itself waits for what is before it in the stream (griddepcontrol.wait), and may be started
+   * while that is ending. Heeded where device and driver can do it, in graphs too. */
+  bool waits;
 } fkda_cuda_launch;
 
 /* Loads the kernels on a device if that has not happened yet. */

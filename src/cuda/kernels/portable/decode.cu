@@ -64,6 +64,17 @@ struct shared_memory {
 
 static_assert(sizeof(shared_memory<128>) <= 48 * 1024, "static shared memory");
 
+/* ---- start ------------------------------------------------------------------------------------ */
+
+/* The kernel may be started while what is before it in the stream is still running
+ * (fkda_cuda_launch.waits); what comes after it may be started as soon as all blocks have got here. */
+INLINE void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 /* ---- where a block works ---------------------------------------------------------------------- */
 
 struct place {
@@ -666,6 +677,7 @@ INLINE void decode_kv(const fkda_portable_params &params, shared_memory<K> &shar
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)                             \
       fkda_portable_decode_##layout##_k##K(const __grid_constant__ fkda_portable_params params) {  \
     __shared__ shared_memory<K> shared;                                                            \
+    wait_for_predecessor();                                                                        \
     if (params.problem.V == 32 * params.value_split)                                               \
       decode_##layout<K, 32>(params, shared);                                                      \
     else                                                                                           \
