@@ -193,7 +193,7 @@ def gpu_machine(record):
 
 
 def gpu_prefill(record, gates):
-    lines = []
+    lines, two_calls = [], any("two_calls_ms" in row for row in record["rows"])
     for row in record["rows"]:
         if row["gate"] not in gates:
             continue
@@ -201,26 +201,32 @@ def gpu_prefill(record, gates):
         line = [row["name"].replace("_", ", "), row["gate"], number(ms), number(row["floor_ms"])]
         line += [number(fla), times(fla / ms if fla else None)]
         peer = row.get("peers_error", {}).get("fla", {})
-        lines.append(line + [error(row["error_o"]), error(row["error_state"]), error(peer.get("o"))])
+        line += [error(row["error_o"]), error(row["error_state"]), error(peer.get("o"))]
+        lines.append(line + ([number(row.get("two_calls_ms"))] if two_calls else []))
     head = ["prefill, D 128", "gates", "ms", "floor, ms", "FLA, ms", "faster", "error o", "state", "FLA's o"]
-    return table(head, lines)
+    return table(head + (["prefill and decode apart, ms"] if two_calls else []), lines)
 
 
-def gpu_decode(record):
-    lines = []
+def gpu_decode(record, short=False):
+    """short: some sizes and variants only."""
+    lines, between = [], any("between_ms" in row for row in record["rows"])
     for row in record["rows"]:
+        common = row["variant"] in ("", "bf16state", "spec8", "spec8_out")
+        if short and (not common or row["N"] in (2, 4, 16, 64, 1024)):
+            continue
         fla = row["peers_ms"].get("fla")
         name = f"{row['name'].removeprefix('decode_').replace('_', ', ')} {row['variant']}".strip()
         line = [name, number(1e3 * row["ms"]), number(1e3 * row["floor_ms"]), number(1e3 * row["copy_ms"])]
-        lines.append(line + [percent(row["floor_ms"] / row["ms"]), number(1e3 * fla if fla else None)])
+        line += [percent(row["floor_ms"] / row["ms"]), number(1e3 * fla if fla else None)]
+        lines.append(line + ([number(1e3 * row["between_ms"])] if between else []))
     head = ["decode, D 128", "µs", "floor, µs", "copy of equal bytes, µs", "of the copy rate", "FLA, µs"]
-    return table(head, lines)
+    return table(head + (["between other kernels, µs"] if between else []), lines)
 
 
 def gpu_readme(records):
     prefill, decode = records
     lines = gpu_machine(prefill) + [""] + gpu_prefill(prefill, ["strong"])
-    return lines + [""] + gpu_decode(decode)
+    return lines + [""] + gpu_decode(decode, short=True)
 
 
 def gpu_prefill_page(records):

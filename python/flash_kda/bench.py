@@ -53,6 +53,7 @@ class Shape:
     state: str = "fp32"
     store: str = "last"  # which states a decode call stores: "last", "all" or "none"
     variant: str = ""
+    layout: str = "vk"
 
     @property
     def heads(self):
@@ -98,7 +99,14 @@ def prefill(lens, H, name=None):
 
 
 def decode(N, T=1, H=32, **options):
-    return Shape(f"decode_N{N}_T{T}_H{H}", (T,) * N, H, op="decode", **options)
+    heads = options.get("HV") or H
+    return Shape(f"decode_N{N}_T{T}_H{heads}", (T,) * N, H, op="decode", **options)
+
+
+def mixed(lens, N, H):
+    """Prompts, and N requests that decode, in one prefill call."""
+    name = "+".join(f"{lens.count(n)}x{n}" for n in dict.fromkeys(lens))
+    return Shape(f"{name}+{N}x1_H{H}", (*lens, *(1,) * N), H, variant="mixed")
 
 
 PRESETS = {
@@ -117,19 +125,28 @@ PRESETS = {
         prefill([2048], 12),
         prefill([128] * 64, 32),
         prefill([16384] + [100] * 40, 32, "16384+40x100"),
+        mixed([2048] * 2, 64, 32),
+        mixed([8192], 32, 32),
     ],
     "long": [prefill([65536], 8), prefill([131072], 4)],
-    "decode": [decode(N) for N in (1, 8, 32, 64, 128, 256)]
-    + [decode(N, state="bf16", variant="bf16state") for N in (1, 8, 32, 64, 128, 256)]
+    "decode": [decode(N) for N in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)]
+    + [decode(N, state="bf16", variant="bf16state") for N in (1, 8, 32, 64, 128, 256, 1024)]
     + [
         decode(32, 8, store="none", variant="spec8_out"),
+        decode(32, 8, store="last", variant="spec8_last"),
         decode(32, 8, store="all", variant="spec8"),
+        decode(32, 8, store="none", state="bf16", variant="spec8_out_bf16state"),
+        decode(32, 8, store="all", state="bf16", variant="spec8_bf16state"),
+        decode(128, layout="kv", variant="kv"),
+        decode(128, layout="kv", state="bf16", variant="kv_bf16state"),
+        decode(32, 8, layout="kv", store="none", variant="kv_spec8_out"),
+        decode(128, H=8, HV=32, variant="gva4"),
     ],
 }
 
 # Timed with --compare, in this order, while its time lasts: FLA tunes each new head count for minutes.
 PEER_ROWS = (
-    *(f"decode_N{N}_T1_H32" for N in (1, 32, 256)),
+    *(f"decode_N{N}_T1_H32" for N in (1, 8, 32, 128, 256)),
     *(f"{batch}_H{H}" for H in (96, 64) for batch in ("T8192", "ragged6", "8x1024")),
     "T8192_H32",
 )
@@ -429,6 +446,7 @@ class Decode(Problem):
             dt_bias=self.dt_bias,
             lower_bound=LOWER_BOUND,
             write_state=self.shape.store != "none",
+            state_layout=self.shape.layout,
             backend=self.backend,
         )
 
@@ -448,6 +466,20 @@ class Decode(Problem):
     def time(self, clock, functions, seconds):
         return clock.graph(functions, seconds)
 
+    def between_ms(self, clock, functions, seconds):
+        """A call between two kernels that do nothing to speak of, so that no two calls overlap."""
+        one = self.torch.zeros(1, device=clock.device)
+
+        def call(function):
+            def both():
+                function()
+                one.add_(1)
+
+            return both
+
+        together = clock.graph([call(function) for function in functions], seconds)
+        return together - clock.graph([lambda: one.add_(1)], seconds)
+
     def copy_ms(self, clock, seconds):
         """Copies that read and write as many bytes as the calls, timed as they are."""
         half = self.shape.bytes() // 2
@@ -464,7 +496,8 @@ class Decode(Problem):
 
     def inputs(self, j):
         accepted = None if self.accepted is None else on_host(self.accepted)
-        return self.head(self.tensors[0], j) | {"initial": self.states(j), "accepted": accepted}
+        more = {"initial": self.states(j), "accepted": accepted, "layout": self.shape.layout}
+        return self.head(self.tensors[0], j) | more
 
     def outputs(self, j):
         state = None if self.shape.store == "none" else self.states(j)
@@ -490,9 +523,35 @@ class Decode(Problem):
             options = dict(state_indices=table, num_accepted_tokens=x["accepted"])
         flash_kda.decode(
             *(x[name] for name in ("q", "k", "v", "g", "beta")), state, out, A_log=x["A_log"],
-            dt_bias=x["dt_bias"], lower_bound=LOWER_BOUND, backend="reference", **options,
+            dt_bias=x["dt_bias"], lower_bound=LOWER_BOUND, state_layout=x["layout"],
+            backend="reference", **options,
         )  # fmt: skip
         return out, state
+
+
+class TwoCalls:
+    """What a mixed batch does in one call: a prefill of the prompts, and a decode of the rest."""
+
+    def __init__(self, shape, gate, clock, backend=None):
+        prompts = tuple(n for n in shape.lens if n > 1)
+        rest = shape.N - len(prompts)
+        first = dataclasses.replace(shape, lens=prompts)
+        second = dataclasses.replace(shape, lens=(1,) * rest, op="decode")
+        self.parts = Prefill(first, clock, backend), Decode(second, clock, backend)
+        for part in self.parts:
+            part.set_gate(gate)
+
+    def functions(self):
+        return [self.both(c) for c in range(min(part.copies for part in self.parts))]
+
+    def both(self, c):
+        prefill, decode = (part.bound(c) for part in self.parts)
+
+        def call():
+            prefill()
+            decode()
+
+        return call
 
 
 def make_problem(shape, clock, backend=None):
@@ -562,6 +621,10 @@ def measure(problem, gate, clock, copy_gbps, options):
     }
     if shape.op == "decode":
         row["copy_ms"] = problem.copy_ms(clock, options.seconds)
+        row["between_ms"] = problem.between_ms(clock, functions, options.seconds)
+    if shape.variant == "mixed":
+        two = TwoCalls(shape, gate, clock, options.backend)
+        row["two_calls_ms"] = clock.calls(two.functions(), options.seconds)
     return row, samples
 
 

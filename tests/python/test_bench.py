@@ -17,10 +17,12 @@ SMALL = [
     dataclasses.replace(bench.prefill([48], 2), D=64),
     dataclasses.replace(bench.prefill((20, 7, 0, 33), 2, "ragged4"), HV=4, D=64),
     dataclasses.replace(bench.prefill([16] * 3, 2), D=64),
+    dataclasses.replace(bench.mixed([20, 33], 3, 2), D=64),
     dataclasses.replace(bench.decode(2, H=2), D=64),
     dataclasses.replace(bench.decode(3, H=2, state="bf16", variant="bf16state"), D=64),
     dataclasses.replace(bench.decode(3, 8, H=2, store="none", variant="spec8_out"), D=64),
     dataclasses.replace(bench.decode(3, 8, H=2, store="all", variant="spec8"), D=64),
+    dataclasses.replace(bench.decode(3, H=2, HV=4, layout="kv", variant="kv"), D=64),
 ]
 HEAD = {"commit", "date", "device", "driver", "clocks_mhz", "copy_gbps", "sgemm_gflops", "rows"}
 ROW = {
@@ -78,12 +80,16 @@ def test_every_row_of_the_plan_is_there():
         *("T8192_H96", "ragged6_H96", "8x1024_H96"),
         *("T8192_H64", "ragged6_H64", "8x1024_H64"),
         *("T8192_H32", "T8192_H12", "T2048_H12", "64x128_H32", "16384+40x100_H32"),
+        *("2x2048+64x1_H32", "1x8192+32x1_H32"),
         *("T65536_H8", "T131072_H4"),
     ]
     decode = bench.shapes_of(["decode"])
-    assert [s.N for s in decode if s.variant == ""] == [1, 8, 32, 64, 128, 256]
-    assert [s.N for s in decode if s.variant == "bf16state"] == [1, 8, 32, 64, 128, 256]
-    assert {s.variant for s in decode} == {"", "bf16state", "spec8", "spec8_out"}
+    assert [s.N for s in decode if s.variant == ""] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024]
+    assert [s.N for s in decode if s.variant == "bf16state"] == [1, 8, 32, 64, 128, 256, 1024]
+    assert {s.variant for s in decode} >= {"spec8", "spec8_out", "spec8_last", "kv", "gva4"}
+    assert [n for n in bench.PEER_ROWS if n.startswith("decode")] == [
+        f"decode_N{N}_T1_H32" for N in (1, 8, 32, 128, 256)
+    ]
     keys = [(s.name, s.variant) for s in bench.shapes_of(["all"])]
     assert len(set(keys)) == len(keys)
     assert set(bench.PEER_ROWS) <= {name for name, _ in keys}
@@ -162,7 +168,7 @@ def finished(tmp_path_factory):
 def test_run(finished):
     run, _ = finished
     assert run.failures == []
-    assert len(run.rows) == 3 * 3 + 4
+    assert len(run.rows) == 4 * 3 + 5
     for row in run.rows:
         assert row["error_o"] <= 2.5e-3, row
         assert row["error_state"] is None or row["error_state"] <= 2.5e-3, row
@@ -182,7 +188,8 @@ def test_records(finished):
                 assert isinstance(row[key], kind), key
             assert row["floor_ms"] == pytest.approx(row["bytes"] / record["copy_gbps"] / 1e6, 1e-4)
             assert sum(row["lens"]) > 0 and len(row["lens"]) == row["N"]
-            assert ("copy_ms" in row) == row["name"].startswith("decode")
+            assert ("copy_ms" in row) == ("between_ms" in row) == row["name"].startswith("decode")
+            assert ("two_calls_ms" in row) == (row["variant"] == "mixed")
         rows.append(record["rows"])
     assert rows[0] + rows[1] == rows[2]
 
@@ -258,7 +265,7 @@ def fake_recurrent(
 
 @pytest.fixture
 def peers(monkeypatch):
-    monkeypatch.setattr(bench, "PEER_ROWS", tuple(shape.name for shape in SMALL[:4]))
+    monkeypatch.setattr(bench, "PEER_ROWS", tuple(shape.name for shape in SMALL[:5]))
 
     def run(*arguments, chunk_kda=fake_chunk_kda):
         monkeypatch.setattr(bench, "load_fla", lambda: (chunk_kda, fake_recurrent, "0.0"))
