@@ -207,6 +207,9 @@ static void take_output(request *r, uint64_t sum) {
   if (r->done == r->known) r->tokens[r->known++] = next_token(sum);
 }
 
+/* Is it past its prompt? */
+static bool decodes(const request *r) { return r->done >= r->prompt; }
+
 static bool finished(const request *r) {
   return r->known > r->prompt &&
          (r->known == r->prompt + r->answer || r->tokens[r->known - 1] == END);
@@ -346,10 +349,14 @@ static struct {
 } call;
 static int64_t prompt_tokens, answer_tokens, calls, completed, cancelled;
 
-static void prefill_args_of(fkda_prefill_args *args, int64_t tokens, int64_t sequences,
-                            int64_t checkpoints) {
+typedef struct prefill_size {
+  int64_t tokens, sequences, checkpoints;
+} prefill_size;
+
+static void prefill_args_of(fkda_prefill_args *args, const prefill_size *size) {
+  const int64_t sequences = size->sequences, checkpoints = size->checkpoints;
   *args = FKDA_PREFILL_ARGS_INIT;
-  TOKENS_OF(args, &call.tokens, 1, tokens);
+  TOKENS_OF(args, &call.tokens, 1, size->tokens);
   args->cu_seqlens = vector_of(call.cu_seqlens, FKDA_I32, sequences + 1);
   args->initial_state = args->final_state = states_of(pool, pool_slots());
   args->initial_state_indices = vector_of(call.starts, FKDA_I32, sequences);
@@ -387,7 +394,7 @@ static void make_engine(void) {
   fkda_prefill_args prefill;
   fkda_decode_args decode;
   size_t sizes[2];
-  prefill_args_of(&prefill, tokens, N, N);
+  prefill_args_of(&prefill, &(prefill_size){tokens, N, N});
   decode_args_of(&decode, N);
   must(fkda_workspace_size(&prefill, &sizes[0]));
   must(fkda_workspace_size(&decode, &sizes[1]));
@@ -427,39 +434,47 @@ static int64_t piece_of(const request *r, int64_t budget) {
   return left <= budget ? left : budget / piece * piece;
 }
 
-/* Pieces of prompts, first come first served; with --mixed the decoding requests between them. */
-static void prefill_step(void) {
-  int64_t N = 0, T = 0, checkpoints = 0, budget = STEP_TOKENS;
-  for (int64_t i = 0; i < running_count; ++i) {
-    request *r = running[i];
-    const bool decodes = r->done >= r->prompt;
-    if (decodes && !options.mixed) continue;
-    const int64_t count = decodes ? 1 : piece_of(r, budget);
-    if (count == 0) continue;
-    if (!decodes) budget -= count;
-    call.cu_seqlens[N] = (int32_t)T;
-    call.has_state[N] = r->from >= 0;
-    call.starts[N] = r->from >= 0 ? r->from : r->slot;
-    call.ends[N] = r->slot;
-    call.indptr[N] = (int32_t)checkpoints;
-    if (r->fills && r->done + count >= r->prefix_end) {
-      call.offsets[checkpoints] = (int32_t)(r->prefix_end - r->done);
-      call.targets[checkpoints++] = cache[r->prefix].slot;
-    }
-    for (int64_t t = 0; t < count; ++t) put_token(&call.tokens, T++, r->tokens[r->done + t]);
-    call.members[N++] = r;
+/* One more sequence of the call that is being made. */
+static void add_piece(request *r, int64_t count, prefill_size *size) {
+  const int64_t n = size->sequences++;
+  call.members[n] = r;
+  call.cu_seqlens[n] = (int32_t)size->tokens;
+  call.has_state[n] = r->from >= 0;
+  call.starts[n] = r->from >= 0 ? r->from : r->slot;
+  call.ends[n] = r->slot;
+  call.indptr[n] = (int32_t)size->checkpoints;
+  if (r->fills && r->done + count >= r->prefix_end) {
+    call.offsets[size->checkpoints] = (int32_t)(r->prefix_end - r->done);
+    call.targets[size->checkpoints++] = cache[r->prefix].slot;
   }
+  for (int64_t t = 0; t < count; ++t)
+    put_token(&call.tokens, size->tokens++, r->tokens[r->done + t]);
+}
+
+/* Pieces of prompts, first come first served; with --mixed then the decoding requests: long sequences
+ * come first, as kernels take them in order. */
+static void prefill_step(void) {
+  prefill_size size = {0};
+  int64_t budget = STEP_TOKENS;
+  for (int64_t i = 0; i < running_count; ++i) {
+    const int64_t count = decodes(running[i]) ? 0 : piece_of(running[i], budget);
+    if (count) add_piece(running[i], count, &size);
+    budget -= count;
+  }
+  for (int64_t i = 0; i < running_count && options.mixed; ++i)
+    if (decodes(running[i])) add_piece(running[i], 1, &size);
+  const int64_t N = size.sequences;
   if (N == 0) return;
-  call.cu_seqlens[N] = (int32_t)T;
-  call.indptr[N] = (int32_t)checkpoints;
+  call.cu_seqlens[N] = (int32_t)size.tokens;
+  call.indptr[N] = (int32_t)size.checkpoints;
   fkda_prefill_args args;
-  prefill_args_of(&args, T, N, checkpoints);
+  prefill_args_of(&args, &size);
   must(fkda_prefill(&args));
   ++calls;
   for (int64_t n = 0; n < N; ++n) {
     request *r = call.members[n];
     const int64_t count = call.cu_seqlens[n + 1] - call.cu_seqlens[n];
-    *(r->done >= r->prompt ? &answer_tokens : &prompt_tokens) += count;
+    *(decodes(r) ? &answer_tokens : &prompt_tokens) += count;
     for (int64_t t = call.cu_seqlens[n]; t < call.cu_seqlens[n + 1]; ++t)
       take_output(r, checksum(&call.tokens, t));
     end_reading(r);
@@ -477,7 +492,7 @@ static void decode_step(void) {
   int64_t N = 0;
   for (int64_t i = 0; i < running_count; ++i) {
     request *r = running[i];
-    if (r->done < r->prompt) continue;
+    if (!decodes(r)) continue;
     call.starts[N] = r->slot;
     put_token(&call.tokens, N, r->tokens[r->done]);
     call.members[N++] = r;

@@ -21,6 +21,8 @@ import bisect
 import collections
 import dataclasses
 import datetime
+import json
+import pathlib
 import platform
 import random
 import re
@@ -296,19 +298,20 @@ class Engine:
         self.calls += 1
 
     def pieces(self):
-        """(request, tokens) of this step: what is left of a prompt, or whole chunks within the budget."""
+        """(request, tokens) of this step: what is left of a prompt, or whole chunks within the budget. The
+        long ones come first, as kernels take sequences in order."""
         budget = max(self.options.step_tokens, self.model.piece)
         for request in self.running:
-            if request.done >= request.prompt:
-                if self.options.mixed:
-                    yield request, 1
-                continue
             count = len(request.tokens) - request.done
+            if request.done >= request.prompt:
+                continue
             if count > budget:
                 count = budget // self.model.piece * self.model.piece
             if count:
                 budget -= count
                 yield request, count
+        if self.options.mixed:
+            yield from ((r, 1) for r in self.running if r.done >= r.prompt)
 
     def prefill(self):
         tokens, ends, offsets, indptr, targets = [], [0], [], [0], []
@@ -426,20 +429,32 @@ def serve(options):
     }
 
 
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]}, {len(models)} CPUs" if models else platform.machine()
+
+
 def record(path, row, options):
+    """Beside the rows of other modes that the file holds of this commit and device."""
     from flash_kda.bench import commit, write_record
 
-    device = platform.processor() or platform.machine()
-    if options.device.startswith("cuda"):
-        device = torch.cuda.get_device_name(options.device)
     head = {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "version": flash_kda.__version__,
-        "device": device,
+        "device": device_name(options.device),
         "versions": {"torch": torch.__version__},
     }
-    write_record(path, {**head, "rows": [row]})
+    rows, path = [row], pathlib.Path(path)
+    if path.exists():
+        old = json.loads(path.read_text())
+        if all(old[key] == head[key] for key in ("commit", "device")):
+            rows = [other for other in old["rows"] if other["mode"] != row["mode"]] + rows
+    write_record(path, {**head, "rows": rows})
 
 
 def parse(arguments=None):

@@ -57,8 +57,12 @@ def test_command_line(tmp_path, capsys):
     path = tmp_path / "serving.json"
     assert serving.main(["--requests", "10", "--json", str(path)]) == 0
     assert "as it is alone, bit for bit" in capsys.readouterr().out
+    for requests in ("10", "11"):  # the second takes the first one's place
+        assert serving.main(["--requests", requests, "--mixed", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
-    assert record["rows"][0]["requests"] == 10 and record["date"]
+    assert record["date"] and record["device"] and not record["rows"][0]["differing"]
+    rows = [(row["mode"], row["requests"]) for row in record["rows"]]
+    assert rows == [("decode", 10), ("mixed", 11)]
     with pytest.raises(SystemExit):
         serving.parse(["--graphs"])
     with pytest.raises(SystemExit):
