@@ -56,7 +56,7 @@ struct partial_sums {
 template <int K>
 struct shared_memory {
   tokens<K> x;
-  uint32_t unused; /* of wait_for_predecessor() */
+  uint32_t unused; /* of start() */
   union { /* a barrier lies between the last look at what has landed and the first sum */
     alignas(16) float4 landing[K * MAX_PART / 4]; /* where the state arrives */
     partial_sums sums;
@@ -64,25 +64,6 @@ struct shared_memory {
 };
 
 static_assert(sizeof(shared_memory<128>) <= 48 * 1024, "static shared memory");
-
-/* ---- start ------------------------------------------------------------------------------------ */
-
-/* The kernel may be started while what is before it in the stream is still running
- * (fkda_cuda_launch.waits); what comes after it may be started as soon as all blocks have got here.
- *
- * A launch's parameters are in no cache at first, and a miss holds up its warp. Looked at before the wait,
- * every 64 bytes of what decode uses once, they cost nothing after it. */
-INLINE void wait_for_predecessor(uint32_t *unused, const fkda_portable_params &params) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t *words = (const uint32_t *)&params;
-  uint32_t all = (uint32_t)(params.value_split | params.aligned_state);
-#pragma unroll
-  for (size_t i = 0; i < offsetof(fkda_problem, checkpoints) / 4; i += 16) all |= words[i];
-  if (threadIdx.x == 0) *unused = all; /* else the compiler would leave the loads out */
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 
 /* ---- where a block works ---------------------------------------------------------------------- */
 
@@ -158,10 +139,10 @@ INLINE float widen_element(uint32_t raw, int32_t dtype) {
   return __uint_as_float(dtype == FKDA_F32 ? raw : raw << 16);
 }
 
-/* Lane l of a warp has elements l, l + 32, ... of a row: any alignment is as good as any other. */
+/* Lane l of a warp has elements l, l + 32, ... of a row: any alignment is as good as any other. `first` is
+ * the lane's first element. */
 template <int N>
-INLINE void fetch_row(uint32_t (&to)[N], const void *data, int32_t dtype, int64_t offset) {
-  const int64_t first = offset + threadIdx.x % 32;
+INLINE void fetch_row(uint32_t (&to)[N], const void *data, int32_t dtype, int64_t first) {
   if (dtype == FKDA_F32) {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = ((const uint32_t *)data)[first + 32 * i];
@@ -173,6 +154,18 @@ INLINE void fetch_row(uint32_t (&to)[N], const void *data, int32_t dtype, int64_
 
 INLINE int64_t row_offset(const fkda_rows &x, int64_t n, int t, uint32_t head) {
   return n * x.stride_b + t * x.stride_t + head * x.stride_h;
+}
+
+/* Where a token of one head lies: the lane's first elements. */
+struct token_place {
+  int64_t q, k, v, g, beta;
+};
+
+INLINE token_place find_token(const fkda_problem &p, const place &at, int t) {
+  const int lane = threadIdx.x % 32;
+  return {row_offset(p.q, at.n, t, at.qk_head) + lane, row_offset(p.k, at.n, t, at.qk_head) + lane,
+          row_offset(p.v, at.n, t, at.head) + at.column + lane,
+          row_offset(p.g, at.n, t, at.head) + lane, row_offset(p.beta, at.n, t, at.head)};
 }
 
 /* One token of one head, and the head's gate (absent is zero), as memory holds them. */
@@ -187,12 +180,12 @@ struct raw_gate {
 };
 
 template <int K, int PART>
-INLINE void fetch_token(raw_token<K, PART> &x, const fkda_problem &p, const place &at, int t) {
-  fetch_row(x.q, p.q.data, FKDA_BF16, row_offset(p.q, at.n, t, at.qk_head));
-  fetch_row(x.k, p.k.data, FKDA_BF16, row_offset(p.k, at.n, t, at.qk_head));
-  fetch_row(x.v, p.v.data, FKDA_BF16, row_offset(p.v, at.n, t, at.head) + at.column);
-  fetch_row(x.g, p.g.data, p.g.dtype, row_offset(p.g, at.n, t, at.head));
-  x.beta = fetch_element(p.beta.data, p.beta.dtype, row_offset(p.beta, at.n, t, at.head));
+INLINE void fetch_token(raw_token<K, PART> &x, const fkda_problem &p, const token_place &at) {
+  fetch_row(x.q, p.q.data, FKDA_BF16, at.q);
+  fetch_row(x.k, p.k.data, FKDA_BF16, at.k);
+  fetch_row(x.v, p.v.data, FKDA_BF16, at.v);
+  fetch_row(x.g, p.g.data, p.g.dtype, at.g);
+  x.beta = fetch_element(p.beta.data, p.beta.dtype, at.beta);
 }
 
 template <int K>
@@ -200,7 +193,8 @@ INLINE void fetch_gate(raw_gate<K> &x, const fkda_problem &p, const place &at) {
 #pragma unroll
   for (int i = 0; i < K / 32; ++i) x.bias[i] = 0;
   x.A_log = 0;
-  if (p.dt_bias.data) fetch_row(x.bias, p.dt_bias.data, p.dt_bias.dtype, (int64_t)at.head * K);
+  if (p.dt_bias.data)
+    fetch_row(x.bias, p.dt_bias.data, p.dt_bias.dtype, (int64_t)at.head * K + threadIdx.x % 32);
   if (p.A_log.data) x.A_log = fetch_element(p.A_log.data, p.A_log.dtype, at.head);
 }
 
@@ -439,6 +433,25 @@ INLINE void store_out(const fkda_problem &p, const place &at, int t, int column,
       (uint16_t)bf16_bits(o);
 }
 
+/* The kernel may be started while what is before it in the stream is still running
+ * (fkda_cuda_launch.waits): addresses are computed before the wait for that. What comes after it may be
+ * started as soon as all blocks have got here.
+ *
+ * A launch's parameters are in no cache at first, and a miss holds up its warp. Looked at before the wait,
+ * every 64 bytes of what decode uses once, they cost nothing after it. */
+INLINE void start(uint32_t *unused, const fkda_portable_params &params, const token_place &token) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t *words = (const uint32_t *)&params;
+  uint32_t all = (uint32_t)(params.value_split | params.aligned_state);
+#pragma unroll
+  for (size_t i = 0; i < offsetof(fkda_problem, checkpoints) / 4; i += 16) all |= words[i];
+  if (threadIdx.x == 0) *unused = all; /* else the compiler would leave the loads out */
+  asm volatile("" ::"l"(token.q), "l"(token.k), "l"(token.v), "l"(token.g), "l"(token.beta));
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 /* A block up to the recurrence, common to both layouts. False: the sequence is skipped. All that does not
  * depend on the slot is asked for before the slot is waited for: a small batch takes as long as the
  * longest chain of loads, which is the slot and then the state. */
@@ -447,12 +460,14 @@ INLINE bool begin(held<LINES, QUADS> &S, shared_memory<K> &shared,
                   const fkda_portable_params &params, const place &at, const lines &mine) {
   const fkda_problem &p = params.problem;
   const int warp = threadIdx.x / 32, T = (int)p.T;
+  const token_place first = find_token(p, at, warp);
+  start(&shared.unused, params, first);
   const raw_slots raw = fetch_slots(p, at.n);
   raw_gate<K> gate;
   raw_token<K, PART> token;
   if (__any_sync(WARP, warp < T)) { /* votes tell the compiler that a warp's threads agree */
     fetch_gate(gate, p, at);
-    fetch_token(token, p, at, warp);
+    fetch_token(token, p, first);
   }
 
   const bool one_dimensional = p.final_indices.columns == 0;
@@ -474,7 +489,7 @@ INLINE bool begin(held<LINES, QUADS> &S, shared_memory<K> &shared,
 #pragma unroll 1
   for (int t = warp; __any_sync(WARP, t < T); t += WARPS) {
     raw_token<K, PART> next = token;
-    if (__any_sync(WARP, t + WARPS < T)) fetch_token(next, p, at, t + WARPS);
+    if (__any_sync(WARP, t + WARPS < T)) fetch_token(next, p, find_token(p, at, t + WARPS));
     activate(shared.x, token, gate, p, t);
     token = next;
   }
@@ -686,7 +701,6 @@ INLINE void decode_kv(const fkda_portable_params &params, shared_memory<K> &shar
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)                             \
       fkda_portable_decode_##layout##_k##K(const __grid_constant__ fkda_portable_params params) {  \
     __shared__ shared_memory<K> shared;                                                            \
-    wait_for_predecessor(&shared.unused, params);                                                  \
     if (params.problem.V == 32 * params.value_split)                                               \
       decode_##layout<K, 32>(params, shared);                                                      \
     else                                                                                           \
