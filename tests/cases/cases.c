@@ -791,7 +791,7 @@ static void decode_cases(void) {
         c->T = T;
         c->gate = (fkda_gate)gate;
         if (gate == FKDA_GATE_DIRECT) direct(c, uniform(-3, 0));
-        c->claims = FKDA_CLAIM_TWICE | FKDA_CLAIM_ALONE | FKDA_CLAIM_STEPS;
+        c->claims = FKDA_CLAIM_TWICE | FKDA_CLAIM_STEPS;
         c->HV = T % 2 ? 2 : 4;
         c->K = T % 3 ? 64 : 128;
         c->V = T % 4 ? 64 : 128;
@@ -861,15 +861,16 @@ static void decode_cases(void) {
       const char *name;
       fkda_gate gate;
       int64_t M, H, HV, K, V;
-    } drafts[] = {{"draft_bounded", FKDA_GATE_BOUNDED, 8, 2, 4, 128, 128},
+    } drafts[] = {{"draft_bounded", FKDA_GATE_BOUNDED, 8, 1, 2, 128, 128},
                   {"draft_softplus", FKDA_GATE_SOFTPLUS, 9, 2, 2, 128, 64},
                   {"draft_direct", FKDA_GATE_DIRECT, 8, 1, 3, 64, 128}};
-    for (size_t i = 0; i < sizeof drafts / sizeof drafts[0]; i++) {
+    for (size_t i = 0; i < sizeof drafts / sizeof drafts[0] && d < 2; i++) {
       for (int variant = 0; variant < 4; variant++) {
         char name[FKDA_CASE_NAME];
         snprintf(name, sizeof name, "%s_%s_%s_T", drafts[i].name, variant & 1 ? "kv" : "vk",
                  fkda_dtype_short(pools[variant / 2]));
         fkda_case *c = add_decode(FKDA_GROUP_decode, 12, io, name, 8);
+        c->B = 4;
         c->T = 8;
         c->M = drafts[i].M;
         c->slots = i == 1 ? FKDA_SLOTS_2D_APART : FKDA_SLOTS_2D;
