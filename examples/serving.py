@@ -339,7 +339,9 @@ class Engine:
             initial_state=states,
             final_state=states,
             cu_seqlens=model.integers(ends),
-            initial_state_indices=model.integers([max(r.start, 0) for r, _ in members]),
+            initial_state_indices=model.integers(
+                [r.slot if r.start < 0 else r.start for r, _ in members]
+            ),
             final_state_indices=model.integers([r.slot for r, _ in members]),
             has_initial_state=model.integers([r.start >= 0 for r, _ in members], torch.bool),
             **checkpoints,
