@@ -49,6 +49,16 @@
   X(state, "None")                                                                                 \
   X(num_accepted_tokens, "None")                                                                   \
   X(write_state, "True")                                                                           \
+  X(d_out, "None")                                                                                 \
+  X(d_final_state, "None")                                                                         \
+  X(d_q, "None")                                                                                   \
+  X(d_k, "None")                                                                                   \
+  X(d_v, "None")                                                                                   \
+  X(d_g, "None")                                                                                   \
+  X(d_beta, "None")                                                                                \
+  X(d_A_log, "None")                                                                               \
+  X(d_dt_bias, "None")                                                                             \
+  X(d_initial_state, "None")                                                                       \
   X(M, "None")                                                                                     \
   X(b, "None")                                                                                     \
   X(op, "'prefill'")                                                                               \
@@ -105,9 +115,14 @@ SIGNATURE(fwd_in_order, 10, 18,
 SIGNATURE(decode, 6, 7, P_q, P_k, P_v, P_g, P_beta, P_state, P_out, INDEX_OPTIONS,
           P_num_accepted_tokens, P_scale, P_A_log, P_dt_bias, P_lower_bound, COMMON_OPTIONS,
           P_write_state, CALL_OPTIONS);
+/* As fwd(), with gradients in the place of out and final_state. */
+SIGNATURE(backward, 10, 13, P_q, P_k, P_v, P_g, P_beta, P_scale, P_d_out, P_A_log, P_dt_bias,
+          P_lower_bound, P_initial_state, P_d_final_state, P_cu_seqlens, COMMON_OPTIONS,
+          P_checkpoint_state, P_checkpoint_every, P_d_q, P_d_k, P_d_v, P_d_g, P_d_beta, P_d_A_log,
+          P_d_dt_bias, P_d_initial_state, P_workspace, P_backend);
 SIGNATURE(summary, 6, 10, P_k, P_v, P_g, P_beta, P_M, P_b, P_A_log, P_dt_bias, P_lower_bound,
           P_cu_seqlens, COMMON_OPTIONS, P_workspace, P_backend);
-/* All that fwd() and decode() take. */
+/* All that fwd() and decode() take, and of backward() the inputs. */
 SIGNATURE(supports, 5, 13, FWD_PARAMETERS, P_op, P_state, P_num_accepted_tokens, P_write_state);
 SIGNATURE(plan, 5, 13, FWD_PARAMETERS, P_op, P_state, P_num_accepted_tokens, P_write_state);
 SIGNATURE(get_workspace_size, 2, 3, P_T_total, P_H, P_N);
@@ -123,6 +138,7 @@ typedef struct call {
     fkda_prefill_args prefill;
     fkda_decode_args decode;
     fkda_summary_args summary;
+    fkda_backward_args backward;
   } args;
 } call;
 
@@ -372,6 +388,31 @@ static int read_decode(call *c, bool run) {
   return read_call(c);
 }
 
+static int read_backward(call *c, bool run) {
+  fkda_backward_args *a = &c->args.backward;
+  *a = FKDA_BACKWARD_ARGS_INIT;
+  READ(q);
+  READ_COMMON();
+  TRY(read_scale(c, &a->scale));
+  READ(cu_seqlens);
+  READ(initial_state);
+  READ(checkpoint_state);
+  TRY(read_int(c, P_checkpoint_every, &a->checkpoint_every));
+  if (run) {
+    READ(d_out);
+    READ(d_final_state);
+    WRITE(d_q);
+    WRITE(d_k);
+    WRITE(d_v);
+    WRITE(d_g);
+    WRITE(d_beta);
+    WRITE(d_A_log);
+    WRITE(d_dt_bias);
+    WRITE(d_initial_state);
+  }
+  return read_call(c);
+}
+
 static int read_summary(call *c) {
   fkda_summary_args *a = &c->args.summary;
   *a = FKDA_SUMMARY_ARGS_INIT;
@@ -414,6 +455,7 @@ static fkda_status launch(call *c) {
     case FKDA_OP_PREFILL: return fkda_prefill(&c->args.prefill);
     case FKDA_OP_DECODE: return fkda_decode(&c->args.decode);
     case FKDA_OP_SUMMARY: return fkda_summary(&c->args.summary);
+    case FKDA_OP_BACKWARD: return fkda_backward(&c->args.backward);
     default: return FKDA_ERROR_INTERNAL;
   }
 }
@@ -537,6 +579,14 @@ static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t count,
   return result;
 }
 
+static PyObject *backward(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                          PyObject *keywords) {
+  (void)self;
+  call c;
+  if (parse(&c, &backward_signature, args, count, keywords)) return NULL;
+  return finish(&c, read_backward(&c, true), Py_None);
+}
+
 static PyObject *summary(PyObject *self, PyObject *const *args, Py_ssize_t count,
                          PyObject *keywords) {
   (void)self;
@@ -556,10 +606,11 @@ static bool in_signature(const signature *s, parameter p) {
 
 /* Reads the arguments of supports() or plan() for their op. */
 static int read_question(call *c, const signature *s) {
-  static const char *const ops[] = {"prefill", "decode", NULL};
+  static const char *const ops[] = {"prefill", "decode", "backward", NULL};
+  static const signature *const runs[] = {&fwd_signature, &decode_signature, &backward_signature};
   int32_t op = 0;
   TRY(read_choice(c, P_op, ops, &op));
-  const signature *run = op == 1 ? &decode_signature : &fwd_signature;
+  const signature *run = runs[op];
   for (int i = 0; i < s->count; i++) {
     const parameter p = s->parameters[i];
     if (p == P_op || !given(c, p) || in_signature(run, p)) continue;
@@ -567,7 +618,9 @@ static int read_question(call *c, const signature *s) {
                  parameter_names[p], ops[op]);
     return -1;
   }
-  return op == 1 ? read_decode(c, false) : read_prefill(c, false);
+  return op == 0   ? read_prefill(c, false)
+         : op == 1 ? read_decode(c, false)
+                   : read_backward(c, false);
 }
 
 static PyObject *supports(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -862,10 +915,31 @@ static const char summary_text[] =
     "Experimental. The affine map S_out = S_in M + b of each sequence's tokens, written to\n"
     "M [N, HV, K, K] and b [N, HV, V, K], both float32. The other arguments as in fwd().";
 
+static const char backward_text[] =
+    "Experimental, on the CPU. Gradients of a loss by what fwd() was given, from those by what it "
+    "wrote.\n"
+    "\n"
+    "Arguments as in fwd(), in the same places, with\n"
+    "    d_out          [B, T, HV, V]  the gradient by out, in q's dtype or float32; None: 0\n"
+    "    d_final_state  like final_state; None: 0\n"
+    "\n"
+    "Keyword-only: options as in fwd(), and\n"
+    "    d_q, d_k, d_v, d_g, d_beta  written, if given: shaped like what each belongs to, in q's "
+    "dtype or\n"
+    "        float32. Rows of no sequence stay untouched\n"
+    "    d_A_log [HV], d_dt_bias [HV, K]  float32; not with gate='direct'\n"
+    "    d_initial_state                  like initial_state, also without one\n"
+    "    checkpoint_state, checkpoint_every  the states that fwd() stored with "
+    "checkpoint_before=True:\n"
+    "        they need not be computed again\n"
+    "\n"
+    "Only what is given is computed. Returns None. Raises as fwd().";
+
 static const char supports_text[] =
-    "(True, '') if fwd() - or decode(), with op='decode' - would take these arguments, else "
-    "(False,\n"
-    "reason). Looks at shapes, strides, dtypes, device and options, never at what tensors hold. An "
+    "(True, '') if fwd() - or decode() or backward(), with op='decode' or 'backward' - would take "
+    "these\n"
+    "arguments, else (False, reason). Looks at shapes, strides, dtypes, device and options, never "
+    "at what tensors hold. An "
     "absent\n"
     "out is taken to fit. For op='decode' the pool is state=.";
 
@@ -902,6 +976,7 @@ static char *documentation(const signature *s, const char *text) {
 static PyMethodDef methods[] = {
     {"fwd", FAST(fwd), METH_FASTCALL | METH_KEYWORDS, NULL},
     {"decode", FAST(decode), METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"backward", FAST(backward), METH_FASTCALL | METH_KEYWORDS, NULL},
     {"summary", FAST(summary), METH_FASTCALL | METH_KEYWORDS, NULL},
     {"supports", FAST(supports), METH_FASTCALL | METH_KEYWORDS, NULL},
     {"plan", FAST(plan), METH_FASTCALL | METH_KEYWORDS, NULL},
@@ -927,10 +1002,13 @@ static PyMethodDef methods[] = {
 static const struct {
   const signature *signature;
   const char *text;
-} documented[] = {
-    {&fwd_signature, fwd_text},         {&decode_signature, decode_text},
-    {&summary_signature, summary_text}, {&supports_signature, supports_text},
-    {&plan_signature, plan_text},       {&get_workspace_size_signature, workspace_text}};
+} documented[] = {{&fwd_signature, fwd_text},
+                  {&decode_signature, decode_text},
+                  {&backward_signature, backward_text},
+                  {&summary_signature, summary_text},
+                  {&supports_signature, supports_text},
+                  {&plan_signature, plan_text},
+                  {&get_workspace_size_signature, workspace_text}};
 
 static struct PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT, "flash_kda._C", NULL, -1, methods, NULL, NULL, NULL, NULL};

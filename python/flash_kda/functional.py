@@ -24,10 +24,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _no_gradients(name: str):
-    return NotImplementedError(
-        f"{name}: an input requires grad, and gradients are not computed here yet; {ops.NO_BACKWARD}"
+def backend_for(q: Tensor) -> str | None:
+    """float64 is for torch.autograd.gradcheck and the like; only the reference computes in it."""
+    return "reference" if q.dtype is torch.float64 else None
+
+
+def check_gradients(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate) -> None:
+    """Refuses before the forward what has no backward."""
+    able, reason = ops.supports_gradients(
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate, backend_for(q)
     )
+    if not able:
+        raise NotImplementedError(
+            f"an input requires grad, but gradients cannot be computed here: {reason}; "
+            f"{ops.NO_BACKWARD}"
+        )
 
 
 def _v_first(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
@@ -128,8 +139,11 @@ def chunk_kda(
     initial one. Rows of out that belong to no sequence hold anything. Strides are free; tensors whose
     innermost dimension is not contiguous are copied.
 
+    Differentiable by every floating-point input, through out and the final state, where there is a backward:
+    on the CPU. No second derivatives. float64 runs on the reference backend (for torch.autograd.gradcheck).
+
     Raises ValueError, TypeError or RuntimeError as flash_kda.fwd does, and NotImplementedError where
-    gradients are needed or cp_context is given.
+    gradients are needed that cannot be computed, or cp_context is given.
     """
     if cp_context is not None:
         raise NotImplementedError("cp_context: context parallelism is not supported, expected None")
@@ -146,8 +160,9 @@ def chunk_kda(
                 f"cu_seqlens: {cu_seqlens.shape[0] - 1} sequences, expected max_num_seqs = "
                 f"{max_num_seqs} (padded with empty ones)"
             )
-    if torch.is_grad_enabled() and needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias):
-        raise _no_gradients("chunk_kda")
+    grad = torch.is_grad_enabled() and needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias)
+    if grad:
+        check_gradients(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate)
 
     every = rows = 0
     if return_intermediate_states:
@@ -159,6 +174,7 @@ def chunk_kda(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
         use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
         "vk" if state_v_first else "kv", output_final_state, every, rows, every > 0,
+        backend=backend_for(q), zero_out=grad and cu_seqlens is not None, dispatch=grad,
     )  # fmt: skip
     if not return_intermediate_states:
         return out, final_state
@@ -197,29 +213,33 @@ def fused_recurrent_kda(
     if allow_neg_eigval:
         _check_neg_eigval(use_beta_sigmoid_in_kernel)
     gate, A_log, dt_bias, lower_bound = gate_of(use_gate_in_kernel, lower_bound, A_log, dt_bias)
-    if torch.is_grad_enabled() and needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias):
-        raise _no_gradients("fused_recurrent_kda")
+    grad = torch.is_grad_enabled() and needs_grad(q, k, v, g, beta, initial_state, A_log, dt_bias)
+    if grad:
+        check_gradients(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate)
     if transpose_state_layout is not None:
         state_v_first = _v_first(state_v_first, transpose_state_layout)
     layout = "vk" if state_v_first else "kv"
 
-    if cu_seqlens is not None or q.ndim != 4 or not 0 < q.shape[1] <= _MAX_DECODE:
+    if grad or cu_seqlens is not None or q.ndim != 4 or not 0 < q.shape[1] <= _MAX_DECODE:
         out, final_state, _ = ops.prefill(
             q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
             use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
-            output_final_state, zero_out=cu_seqlens is not None,
+            output_final_state, zero_out=cu_seqlens is not None, backend=backend_for(q),
+            dispatch=grad,
         )  # fmt: skip
         return out, final_state
     if initial_state is None:
-        state = q.new_zeros(ops.state_shape(q, v, None, layout), dtype=torch.float32)
+        state = q.new_zeros(ops.state_shape(q, v, None, layout), dtype=ops.state_dtype(v))
     elif output_final_state:
-        state = initial_state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        state = initial_state.to(
+            ops.state_dtype(v), copy=True, memory_format=torch.contiguous_format
+        )
     else:
         state = initial_state
     out = ops.decode(
         q, k, v, g, beta, state, scale=scale, A_log=A_log, dt_bias=dt_bias,
         lower_bound=lower_bound, gate=gate, l2norm=use_qk_l2norm_in_kernel,
         beta_is_logit=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
-        state_layout=layout, write_state=output_final_state,
+        state_layout=layout, write_state=output_final_state, backend=backend_for(q),
     )  # fmt: skip
     return out, state if output_final_state else None

@@ -7,7 +7,8 @@ Importing this module defines them (import flash_kda alone does not import torch
     decode(q, k, v, g, beta, state, ...) -> out                              flash_kda.decode, state in place
 
 They run on CPU and CUDA tensors, trace under torch.compile and torch.export, and follow autocast: q, k and
-v (and out) then take the autocast dtype, while gates, beta and states keep theirs. None has a derivative.
+v (and out) then take the autocast dtype, while gates, beta and states keep theirs. prefill has a derivative
+(flash_kda.autograd), the others, which write to memory of the caller, have none.
 
 prefill() and decode() here are the same operations for Python callers: plain tensors in eager mode go
 straight to the C extension, because torch's dispatcher costs more than the rest of the call; everything
@@ -17,7 +18,7 @@ else (tracing, tensor subclasses, dispatch modes, functorch, autocast) goes thro
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, autograd
 
 # What every call uses, without a look-up in a module.
 _fwd = _C._fwd_in_order
@@ -102,6 +103,11 @@ def state_shape(q, v, cu_seqlens, state_layout):
     return (N, HV, V, q.shape[3]) if state_layout == "vk" else (N, HV, q.shape[3], V)
 
 
+def state_dtype(v):
+    """Of final states: float64 where the reference computes in it."""
+    return torch.float64 if v.dtype is torch.float64 else _FLOAT32
+
+
 def _checkpoints_like(q, v, rows, state_layout):
     return v.new_empty((rows, *state_shape(q, v, None, state_layout)[1:]))
 
@@ -128,13 +134,17 @@ def prefill(
     q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate, l2norm,
     beta_is_logit, allow_neg_eigval, state_layout, output_final_state, checkpoint_every=0,
     checkpoint_rows=0, checkpoint_before=False, zero_out=False, batch_invariant=False,
-    backend=None, *, here=False,
+    backend=None, *, here=False, dispatch=False,
 ):  # fmt: skip
     """The operator prefill; final_state and checkpoint_state are None where they are not wanted.
     zero_out: rows of out that belong to no sequence are zero, not what the memory held. With `here` the
-    operator is what calls, and the tensors are the real ones."""
-    if not here and not _direct(q, k, v, g, beta, initial_state):
-        out, final, checkpoints = torch.ops.flash_kda.prefill.default(
+    operator is what calls, and the tensors are the real ones. With `dispatch` it is called in any case:
+    gradients are needed."""
+    if dispatch or not (here or _direct(q, k, v, g, beta, initial_state)):
+        # torch.func's transforms want to see an autograd.Function before the dispatcher does.
+        transformed = dispatch and _functorch_level() is not None
+        run = autograd.recorded if transformed else torch.ops.flash_kda.prefill.default
+        out, final, checkpoints = run(
             q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
             initial_state=initial_state, cu_seqlens=cu_seqlens, gate=gate, l2norm=l2norm,
             beta_is_logit=beta_is_logit, allow_neg_eigval=allow_neg_eigval,
@@ -152,12 +162,12 @@ def prefill(
         final = None
     elif (
         initial_state is not None
-        and initial_state.dtype is _FLOAT32
+        and initial_state.dtype is state_dtype(v)
         and initial_state.is_contiguous()
     ):
         final = _empty_like(initial_state)  # of the right shape, or the call is refused
     else:
-        final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=_FLOAT32)
+        final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=state_dtype(v))
     options = {}
     if checkpoint_rows:
         options["checkpoint_state"] = _checkpoints_like(q, v, checkpoint_rows, state_layout)
@@ -238,6 +248,18 @@ def supports(
     )
 
 
+def supports_gradients(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate, backend):
+    """(True, '') or (False, reason): is there a backward for these? What else is wrong with a call the call
+    itself says."""
+    if _is_compiling() or type(q) is not Tensor or _dispatch_modes() or q.is_meta:
+        return True, ""  # no memory to look at; the backward will tell
+    answer = _C.supports(
+        q, k, v, g, beta, scale, None, A_log, dt_bias, lower_bound, gate=gate, backend=backend,
+        op="backward",
+    )  # fmt: skip
+    return answer if answer[1].startswith(("no backend", "backend")) else (True, "")
+
+
 # ---- the operators ----------------------------------------------------------------------------------
 
 
@@ -265,7 +287,7 @@ def _prefill_fake(
 ):  # fmt: skip
     final = checkpoints = None
     if output_final_state:
-        final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=_FLOAT32)
+        final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=state_dtype(v))
     if checkpoint_rows:
         checkpoints = _checkpoints_like(q, v, checkpoint_rows, state_layout)
     out = _empty_like(v, memory_format=_CONTIGUOUS)
@@ -337,7 +359,7 @@ def _define():
         library.define(name + " ".join(schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CPU", "CUDA"):
             library.impl(name, kernel, device)
-        library.impl(name, _autograd(name), "Autograd")
+        library.impl(name, autograd.prefill if name == "prefill" else _autograd(name), "Autograd")
         torch.library.register_fake(f"flash_kda::{name}", fake, lib=library)
     # fwd writes to memory of the caller, whose dtype autocast cannot change.
     for name in ("prefill", "decode"):

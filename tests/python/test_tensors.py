@@ -560,7 +560,9 @@ def test_supports_decode(library):
         flash_kda.supports(*p.tensors(library), op="decode", initial_state=state)
     with pytest.raises(TypeError, match="got 'state', which op='prefill' does not take"):
         flash_kda.supports(*p.tensors(library), state=state)
-    with pytest.raises(ValueError, match="op: 'backwards', expected 'prefill' or 'decode'"):
+    with pytest.raises(
+        ValueError, match="op: 'backwards', expected 'prefill', 'decode' or 'backward'"
+    ):
         flash_kda.supports(*p.tensors(library), op="backwards")
 
 

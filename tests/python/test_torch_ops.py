@@ -297,7 +297,6 @@ def test_operators_refuse_gradients():
     inputs[0] = inputs[0].clone().requires_grad_()
     state = Torch.of(p.initial_state)
     calls = [
-        lambda: OPS.prefill(*inputs),
         lambda: OPS.fwd(*inputs, None, torch.empty_like(inputs[2]), None, None, None),
         lambda: OPS.decode(*inputs, state),
     ]
