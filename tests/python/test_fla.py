@@ -230,9 +230,9 @@ def declined(registered, name="chunk_kda", **changed):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FLA's kernels run on a GPU")
 @pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
 def test_what_goes_on_to_fla(registered, monkeypatch, name):
-    q = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
-    assert declined(registered, name, q=q.clone().requires_grad_())
-    assert declined(registered, name, A_log=torch.nn.Parameter(torch.zeros(2)))
+    with monkeypatch.context() as patch:  # gradients, on a device without a backward
+        patch.setattr(flash_kda.ops, "supports_gradients", lambda *_: (False, "made up"))
+        assert declined(registered, name, A_log=torch.nn.Parameter(torch.zeros(2)))
     assert declined(registered, name, k=torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16))
     assert declined(registered, name, lower_bound=-7.0)
     assert declined(registered, name, beta=torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16))
@@ -243,12 +243,24 @@ def test_what_goes_on_to_fla(registered, monkeypatch, name):
     monkeypatch.setenv("FLA_FLASH_KDA", "0")
     assert declined(registered, name)
     monkeypatch.delenv("FLA_FLASH_KDA")
-    with torch.no_grad():  # a parameter alone is no reason
-        p = problem(T=5, K=128, V=128)
-        getattr(kda, name)(
-            *p.tensors(Torch), **{**flags(p), "A_log": torch.nn.Parameter(torch.zeros(2))}
-        )
-    assert len(registered.calls) == 1
+
+
+@pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
+def test_gradients(registered, name):
+    """FLA's function trains on our kernels."""
+    p = problem(T=20, HV=4, K=128, V=128, dtype="float32")
+
+    def gradients(function):
+        given = dict(zip(("q", "k", "v", "g", "beta"), p.tensors(Torch)))
+        given |= {n: x for n, x in flags(p).items() if n in ("A_log", "dt_bias")}
+        given = {n: x.clone().requires_grad_() for n, x in given.items()}
+        out, _ = function(**{**flags(p), **given})
+        return torch.autograd.grad(out.square().sum(), list(given.values()))
+
+    through_fla = gradients(getattr(kda, name))
+    assert set(registered.calls) == {"prefill"}  # once by us, once by the operator
+    ours = gradients(flash_kda.chunk_kda)
+    assert all(torch.equal(a, b) for a, b in zip(through_fla, ours))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FLA's kernels run on a GPU")

@@ -7,7 +7,7 @@ K = V = 128, HV = H, gate, norms and sigmoid in the kernel, a lower bound, V-fir
     flash_kda.integrations.fla.register()
 
 makes it use flash_kda.chunk_kda and flash_kda.fused_recurrent_kda for everything that these support; the
-rest, training and context parallelism included, stays where it was. FLA_FLASH_KDA=0 switches both off.
+rest, context parallelism and training on a GPU included, stays where it was. FLA_FLASH_KDA=0 switches both off.
 """
 
 import functools
@@ -54,8 +54,7 @@ def _why_not(function, arguments: dict) -> str | None:
     get = arguments.get
     q, k, v, g, beta = (arguments[name] for name in ("q", "k", "v", "g", "beta"))
     A_log, dt_bias, initial_state = get("A_log"), get("dt_bias"), get("initial_state")
-    if functional.needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state):
-        return "gradients are needed"
+    needs_grad = functional.needs_grad(q, k, v, g, beta, A_log, dt_bias, initial_state)
     if get("cp_context") is not None:
         return "context parallelism"
     v_first = get("transpose_state_layout") or get("state_v_first", False)
@@ -66,6 +65,10 @@ def _why_not(function, arguments: dict) -> str | None:
         q, k, v, g, beta, get("scale"), A_log, dt_bias, lower_bound, initial_state,
         get("cu_seqlens"), gate, "vk" if v_first else "kv",
     )  # fmt: skip
+    if supported and needs_grad:
+        supported, reason = ops.supports_gradients(
+            q, k, v, g, beta, get("scale"), A_log, dt_bias, lower_bound, gate, None
+        )
     return None if supported else reason
 
 
