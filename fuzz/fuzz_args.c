@@ -428,6 +428,8 @@ static size_t build_decode(fkda_decode_args *a, sizes z) {
   a->write_state = !(states & 8);
   make_state(&a->state, a->write_state ? WRITTEN : READ, &z, state_dtype(&z),
              states & 3 ? slots : z.N);
+  if (states & 64)
+    make_state(&a->initial_state, READ, &z, state_dtype(&z), states & 3 ? slots + below(2) : z.N);
   fkda_tensor *indices[] = {&a->initial_state_indices, &a->final_state_indices};
   for (int i = 0; i < 2; ++i) {
     if (!(states >> i & 1)) continue;

@@ -709,6 +709,30 @@ static void test_indices(void **state) {
                  "num_accepted_tokens[0]: 0, expected 1 to 3 (columns of the indices)",
                  set_i32(a.num_accepted_tokens, 0, 0));
   TAKEN(plain_decode, set_i32(a.initial_state_indices, 1, -1));
+
+  /* States read from a tensor of their own: other dtype, other number of slots, the same indices. */
+  TAKEN(plain_decode, (a.initial_state = INPUT(FKDA_BF16, 8, HV, V, K)));
+  TAKEN(plain_decode, (a.initial_state = a.state));
+  TAKEN(plain_decode, (a.initial_state = a.state, a.state = (fkda_tensor){0}, a.write_state = 0));
+  TAKEN(plain_decode, (a.initial_state = INPUT(FKDA_F32, 6, HV, V, K), a.write_state = 0));
+  REFUSED(plain_decode, INVALID, "state: absent, expected a tensor [P,HV,V,K]",
+          (a.initial_state = a.state, a.state = (fkda_tensor){0}));
+  REFUSED(plain_decode, INVALID, "state: absent, expected a tensor [P,HV,V,K]",
+          (a.state = (fkda_tensor){0}, a.write_state = 0));
+  REFUSED(plain_decode, DTYPE, "initial_state: dtype int32, expected float32 or bfloat16",
+          (a.initial_state = a.state, a.initial_state.dtype = FKDA_I32));
+  REFUSED(plain_decode, INVALID,
+          "initial_state: shape [6,4,16,8], expected [P,4,8,16] = [P,HV,V,K]",
+          a.initial_state = INPUT(FKDA_F32, 6, HV, K, V));
+  REFUSED_IN_RUN(plain_decode, INVALID,
+                 "initial_state_indices[0]: 5, expected -1 or a slot of initial_state, which has 5",
+                 a.initial_state = INPUT(FKDA_F32, 5, HV, V, K));
+  REFUSED_IN_RUN(plain_decode, INVALID,
+                 "initial_state_indices[0]: 5, expected -1 or a slot of state, which has 5",
+                 (a.initial_state = a.state, a.state = OUTPUT(FKDA_F32, 5, HV, V, K)));
+  REFUSED_IN_RUN(plain_decode, INVALID,
+                 "state: overlaps initial_state, expected memory of its own or the same view",
+                 (a.initial_state = a.state, a.initial_state.stride[1] = 0));
   TAKEN(speculative_decode, (a.num_accepted_tokens = (fkda_tensor){0}));
   TAKEN(ragged_prefill,
         (set_i32(a.final_state_indices, 0, -1), set_i32(a.final_state_indices, 1, -1)));

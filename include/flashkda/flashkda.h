@@ -291,6 +291,11 @@ typedef struct fkda_decode_args {
 
   int32_t batch_invariant;
   int32_t reserved0; /* 0 */
+
+  /* Absent: sequences start from rows of `state`. Present: from rows of this tensor, of the same form and
+   * under the same indices, but with a dtype and a number of slots of its own; `state` is then only
+   * written, and may be absent if write_state is 0. May be the same memory viewed alike. */
+  fkda_tensor initial_state;
 } fkda_decode_args;
 
 /** Decode. The token recurrence (1)-(7). Writes out and, unless write_state is 0, state.

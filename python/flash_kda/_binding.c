@@ -112,7 +112,7 @@ typedef struct signature {
 SIGNATURE(fwd, 10, 13, FWD_PARAMETERS);
 SIGNATURE(fwd_in_order, 10, 18,
           FWD_PARAMETERS); /* COMMON_OPTIONS by position too: fewer to match */
-SIGNATURE(decode, 6, 7, P_q, P_k, P_v, P_g, P_beta, P_state, P_out, INDEX_OPTIONS,
+SIGNATURE(decode, 6, 7, P_q, P_k, P_v, P_g, P_beta, P_state, P_out, INDEX_OPTIONS, P_initial_state,
           P_num_accepted_tokens, P_scale, P_A_log, P_dt_bias, P_lower_bound, COMMON_OPTIONS,
           P_write_state, CALL_OPTIONS);
 /* As fwd(), with gradients in the place of out and final_state. */
@@ -383,6 +383,7 @@ static int read_decode(call *c, bool run) {
   TRY(read_state_indices(c, &a->initial_state_indices, &a->final_state_indices));
   READ(has_initial_state);
   READ(num_accepted_tokens);
+  READ(initial_state);
   TRY(read_bool(c, P_batch_invariant, &a->batch_invariant));
   if (!run) assume_out(&a->v, &a->out);
   return read_call(c);
@@ -908,6 +909,9 @@ static const char decode_text[] =
     "        row final[n][t]. One of the two alone serves both purposes; state_indices is both\n"
     "    num_accepted_tokens  [N] int32 or int64 in 1..M; None: 1\n"
     "    write_state          False leaves the pool as it is\n"
+    "    initial_state        the states to start from, under the same indices; state is then only "
+    "written,\n"
+    "                         and may be None with write_state=False. None: state\n"
     "\n"
     "Returns out. Raises as fwd().";
 

@@ -598,6 +598,8 @@ static fkda_status check_prefill(fkda_checker *c, const fkda_prefill_args *a) {
   TRY(check_sequences(c, &a->cu_seqlens));
   p->batch_invariant = a->batch_invariant;
   c->initial_indices = "initial_state_indices";
+  c->initial = "initial_state";
+  c->final = "final_state";
   TRY(check_prefill_state(c, "initial_state", &a->initial_state, "initial_state_indices",
                           &a->initial_state_indices, false, &p->initial, &p->initial_indices));
   TRY(check_prefill_state(c, "final_state", &a->final_state, "final_state_indices",
@@ -658,11 +660,17 @@ static fkda_status check_decode(fkda_checker *c, const fkda_decode_args *a) {
   p->N = p->B;
   p->batch_invariant = a->batch_invariant;
   TRY(check_decode_indices(c, a));
-  const fkda_form form =
-      state_form(p, p->initial_indices.dtype ? -1 : p->N, STATE_DTYPES, a->write_state);
-  TRY(check_required(c, "state", &a->state, &form));
-  p->initial = states_of(c, &a->state);
-  if (a->write_state) p->final = p->initial;
+  bool state, apart;
+  TRY(fkda_check_presence(c, "state", &a->state, &state));
+  TRY(fkda_check_presence(c, "initial_state", &a->initial_state, &apart));
+  fkda_form form = state_form(p, p->initial_indices.dtype ? -1 : p->N, STATE_DTYPES, false);
+  if (apart) TRY(fkda_check_tensor(c, "initial_state", &a->initial_state, &form));
+  form.written = a->write_state;
+  if (state || !apart || a->write_state) TRY(check_required(c, "state", &a->state, &form));
+  p->initial = states_of(c, apart ? &a->initial_state : &a->state);
+  if (a->write_state) p->final = states_of(c, &a->state);
+  c->initial = apart ? "initial_state" : "state";
+  c->final = "state";
   return check_has_initial(c, &a->has_initial_state);
 }
 
@@ -804,7 +812,7 @@ fkda_status fkda_check(const void *args, int32_t op, bool for_run, fkda_problem 
   memset(problem, 0, sizeof *problem);
   c->problem = problem;
   c->for_run = for_run;
-  c->initial_indices = NULL;
+  c->initial_indices = c->initial = c->final = NULL;
   c->regions = 0; /* the regions themselves are filled in as they come */
   TRY(check_header(&header, c));
   switch (header.op) {

@@ -23,6 +23,7 @@ typedef struct fkda_checker {
   bool for_run; /* data pointers and what they point to count */
   bool wide;    /* f64 is taken for every floating-point tensor (backend "reference") */
   const char *initial_indices; /* the name under which problem->initial_indices was given */
+  const char *initial, *final; /* the names of the state tensors that are read and written */
   int32_t regions;
   fkda_region region[FKDA_CHECKER_REGIONS];
 } fkda_checker;

@@ -128,15 +128,18 @@ fkda_status fkda_check_contents(const fkda_checker *checker) {
   if (p->cu_seqlens.data &&
       (status = check_boundaries("cu_seqlens", &p->cu_seqlens, p->N, p->T, "T")))
     return status;
-  const bool decode =
-      p->op == FKDA_OP_DECODE; /* one pool, and perhaps one index tensor for both uses */
-  if ((status = check_slots(checker->initial_indices, &p->initial_indices, p->N,
-                            decode ? "state" : "initial_state", p->initial.slots)))
+  if ((status = check_slots(checker->initial_indices, &p->initial_indices, p->N, checker->initial,
+                            p->initial.slots)))
     return status;
-  if (!(decode && p->final_indices.data == p->initial_indices.data) &&
-      (status = check_slots("final_state_indices", &p->final_indices, p->N,
-                            decode ? "state" : "final_state",
-                            decode ? p->initial.slots : p->final.slots)))
+  /* Decode may have one index tensor for both uses, and may write nothing. */
+  const bool decode = p->op == FKDA_OP_DECODE,
+             same = p->final_indices.data == p->initial_indices.data;
+  const fkda_states *final = decode && !p->final.dtype ? &p->initial : &p->final;
+  const char *name = decode && same ? checker->initial_indices : "final_state_indices";
+  if (!(decode && same && final->slots == p->initial.slots) &&
+      (status =
+           check_slots(name, &p->final_indices, p->N,
+                       final == &p->initial ? checker->initial : checker->final, final->slots)))
     return status;
   if ((status = check_accepted(p))) return status;
   return check_checkpoints(p);

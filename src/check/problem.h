@@ -95,7 +95,7 @@ typedef struct fkda_problem {
   fkda_vector cu_seqlens; /* absent: sequence n is batch row n, N = B */
 
   fkda_state_layout layout;
-  fkda_states initial, final; /* decode: the same pool; final absent if write_state is 0 */
+  fkda_states initial, final; /* decode: mostly the same pool; final absent if write_state is 0 */
   fkda_indices initial_indices,
       final_indices;               /* decode: both set if one is, also if final is absent */
   fkda_vector has_initial;         /* bool [N] */

@@ -117,7 +117,7 @@ static bool find_slots(decode_slots *slots, const fkda_cpu_job *job) {
 }
 
 /* `rows` value rows of a [V,K] state from row v on (relative to the job), for every token. `direct` is the
- * pool's dtype if rows can move straight between pool and registers (K a multiple of LANES), so that
+ * pool's dtype if rows can move straight between pool and registers (K a multiple of LANES, one dtype), so that
  * the one token of plain decode makes two passes over a row and no more; else FKDA_NONE. */
 INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
                         int64_t v, int rows, int32_t direct) {
@@ -229,7 +229,7 @@ static void decode(const fkda_cpu_job *job) {
   if (p->layout == FKDA_STATE_KV) {
     for (int64_t v = 0; v < x.V; v += COLUMNS_TOGETHER)
       decode_columns(&x, job, &slots, v, x.V - v < COLUMNS_TOGETHER ? x.V - v : COLUMNS_TOGETHER);
-  } else if (x.K % LANES != 0) {
+  } else if (x.K % LANES != 0 || (p->final.dtype && p->final.dtype != p->initial.dtype)) {
     decode_all_rows(&x, job, &slots, FKDA_NONE);
   } else if (p->initial.dtype == FKDA_F32) {
     decode_all_rows(&x, job, &slots, FKDA_F32);

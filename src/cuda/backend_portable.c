@@ -101,13 +101,18 @@ static bool supports(const fkda_backend *self, const fkda_problem *p, char *reas
                  {"beta", p->beta.dtype},
                  {"A_log", p->A_log.dtype},
                  {"dt_bias", p->dt_bias.dtype},
-                 {p->op == FKDA_OP_DECODE ? "state" : "initial_state", p->initial.dtype},
-                 {"final_state", p->final.dtype},
+                 {"initial_state", p->initial.dtype},
+                 {p->op == FKDA_OP_DECODE ? "state" : "final_state", p->final.dtype},
                  {"checkpoint_state", p->checkpoints.state.dtype}};
   for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; ++i)
     if (tensors[i].dtype != FKDA_NONE && !is_bf16_or_f32(tensors[i].dtype))
       return fkda_refuse(reason, capacity, "%s: %s, expected bfloat16 or float32", tensors[i].name,
                          fkda_dtype_string(tensors[i].dtype));
+  if (p->op == FKDA_OP_DECODE && p->final.dtype != FKDA_NONE &&
+      p->initial.stride_row != p->final.stride_row)
+    return fkda_refuse(reason, capacity,
+                       "initial_state, state: rows %lld and %lld elements apart, expected the same",
+                       (long long)p->initial.stride_row, (long long)p->final.stride_row);
   const int64_t blocks = p->N * p->HV * split_of(p);
   if (blocks > MAX_BLOCKS)
     return fkda_refuse(reason, capacity, "N*HV = %lld*%lld takes %lld blocks, expected at most %d",
@@ -160,7 +165,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
       .aligned_v = aligned(&p->v),
       .aligned_g = aligned(&p->g),
       .aligned_out = aligned(&p->out),
-      .aligned_state = decode && aligned_by_four(&p->initial),
+      .aligned_state =
+          decode && aligned_by_four(&p->initial) && (!p->final.data || aligned_by_four(&p->final)),
   };
   const fkda_cuda_launch l = {
       .kernel =

@@ -31,7 +31,7 @@ static const field_row fields[FKDA_FIELDS] = {
     [FKDA_FIELD_A_log] = {P(A_log), D(A_log), S(A_log), G(A_log)},
     [FKDA_FIELD_dt_bias] = {P(dt_bias), D(dt_bias), S(dt_bias), G(dt_bias)},
     [FKDA_FIELD_cu_seqlens] = {P(cu_seqlens), ABSENT, S(cu_seqlens), G(cu_seqlens)},
-    [FKDA_FIELD_initial_state] = {P(initial_state), ABSENT, ABSENT, G(initial_state)},
+    [FKDA_FIELD_initial_state] = {P(initial_state), D(initial_state), ABSENT, G(initial_state)},
     [FKDA_FIELD_initial_state_indices] = {P(initial_state_indices), D(initial_state_indices),
                                           ABSENT, ABSENT},
     [FKDA_FIELD_final_state_indices] = {P(final_state_indices), D(final_state_indices), ABSENT,

@@ -775,7 +775,7 @@ static fkda_case *add_decode(fkda_case_group group, int number, int32_t io, cons
   c->op = FKDA_OP_DECODE;
   c->B = 5;
   c->T = 1;
-  c->final_dtype = FKDA_NONE; /* one pool: its dtype is initial_dtype */
+  c->final_dtype = FKDA_NONE; /* one pool, of initial_dtype */
   c->numbers[1] = 20;
   return c;
 }
@@ -828,6 +828,27 @@ static void decode_cases(void) {
           c->V = size_for(c->io, 32);
         }
       }
+    }
+    for (int i = 0; i < 8; i++) { /* states read from a tensor of their own */
+      static const fkda_slots kinds[] = {FKDA_SLOTS_NONE, FKDA_SLOTS_TWO_POOLS, FKDA_SLOTS_PERMUTED,
+                                         FKDA_SLOTS_2D};
+      const bool kv = i % 2;
+      char name[FKDA_CASE_NAME];
+      snprintf(name, sizeof name, "initial_%s_%s_T", slot_names[kinds[i / 2]], kv ? "kv" : "vk");
+      fkda_case *c = add_decode(FKDA_GROUP_decode, 12, io, name, 1 + i % 3);
+      c->T = 1 + i % 3;
+      c->M = kinds[i / 2] == FKDA_SLOTS_2D ? 4 : 0;
+      c->B = 6;
+      c->slots = kinds[i / 2];
+      c->layout = kv ? FKDA_STATE_KV : FKDA_STATE_VK;
+      c->initial_dtype = i % 3 ? FKDA_F32 : FKDA_BF16;
+      c->final_dtype = i < 5 ? FKDA_F32 : FKDA_BF16;
+      c->index_dtype = i % 3 == 1 ? FKDA_I32 : FKDA_I64;
+      c->skip_every = kinds[i / 2] == FKDA_SLOTS_NONE ? 0 : 4;
+      c->has_initial = i % 4 == 0;
+      c->K = kv ? 128 : 64;
+      c->V = kv ? 64 : 128;
+      c->write_state = i != 4;
     }
     static const int64_t dims[][2] = {{128, 128}, {1, 1},    {5, 200}, {24, 96},
                                       {256, 256}, {127, 33}, {64, 1},  {200, 5}};

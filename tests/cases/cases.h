@@ -142,7 +142,7 @@ typedef struct fkda_case {
   int64_t tail; /* rows after the last sequence, to stay untouched */
   int64_t H, HV, K, V;
 
-  /* FKDA_NONE: absent */
+  /* FKDA_NONE: absent. decode: with final_dtype the states that are read are tensors of their own */
   int32_t io, g_dtype, beta_dtype, A_log_dtype, dt_bias_dtype;
   int32_t initial_dtype, final_dtype, checkpoint_dtype, index_dtype;
 

@@ -491,8 +491,12 @@ static bool place_decode_states(fkda_fixture *f, fkda_random *random) {
     accepted[2] = c->M + 1;
   }
   if (!plan_slots(f, random, accepted, &s)) goto done;
-  if (!place(f, FKDA_FIELD_state, state_tensor(c, c->initial_dtype, s.initial_slots))) goto done;
-  fill_initial(f, FKDA_FIELD_state, random, &s);
+  const fkda_field read = c->final_dtype ? FKDA_FIELD_initial_state : FKDA_FIELD_state;
+  if (!place(f, read, state_tensor(c, c->initial_dtype, s.initial_slots))) goto done;
+  fill_initial(f, read, random, &s);
+  if (c->final_dtype && c->write_state &&
+      !place(f, FKDA_FIELD_state, state_tensor(c, c->final_dtype, s.final_slots)))
+    goto done;
   if (s.initial_tensor && !place_index(f, FKDA_FIELD_initial_state_indices, &s, s.initial_index))
     goto done;
   if (s.final_tensor && !place_index(f, FKDA_FIELD_final_state_indices, &s, s.final_index))
@@ -502,7 +506,8 @@ static bool place_decode_states(fkda_fixture *f, fkda_random *random) {
       !place_integers(f, FKDA_FIELD_num_accepted_tokens, c->index_dtype, 1, N, 0, accepted)) {
     goto done;
   }
-  if (!new_written(f, FKDA_FIELD_state, s.initial_slots)) goto done;
+  if (!new_written(f, FKDA_FIELD_state, c->final_dtype ? s.final_slots : s.initial_slots))
+    goto done;
   for (int64_t n = 0; n < N && c->write_state; n++) {
     for (int64_t t = 0; t < (two ? c->T : 1); t++)
       mark(f, FKDA_FIELD_state, s.ends[n * (two ? c->M : 1) + t]);

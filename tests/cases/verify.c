@@ -115,8 +115,9 @@ static bool make_gold(fkda_fixture *f, char *error, size_t capacity) {
   }
   int64_t *indices[3] = {NULL, NULL, NULL};
   if (fkda_slots_bad(f->c->slots)) {
-    indices[0] = valid_indices(&call, FKDA_FIELD_initial_state_indices,
-                               decode ? FKDA_FIELD_state : FKDA_FIELD_initial_state);
+    indices[0] =
+        valid_indices(&call, FKDA_FIELD_initial_state_indices,
+                      decode && !f->c->final_dtype ? FKDA_FIELD_state : FKDA_FIELD_initial_state);
     indices[1] = valid_indices(&call, FKDA_FIELD_final_state_indices,
                                decode ? FKDA_FIELD_state : FKDA_FIELD_final_state);
     if (decode) indices[2] = valid_counts(&call, indices[0]);

@@ -39,6 +39,7 @@ DECODE_OPTIONS = {
     "initial_state_indices": None,
     "final_state_indices": None,
     "has_initial_state": None,
+    "initial_state": None,
     "num_accepted_tokens": None,
     "scale": None,
     "A_log": None,

@@ -556,8 +556,8 @@ def test_supports_decode(library):
     long = problem(B=4, T=9)
     supported, reason = flash_kda.supports(*long.tensors(library), op="decode", state=state)
     assert not supported and "9" in reason
-    with pytest.raises(TypeError, match="got 'initial_state', which op='decode' does not take"):
-        flash_kda.supports(*p.tensors(library), op="decode", initial_state=state)
+    with pytest.raises(TypeError, match="got 'final_state', which op='decode' does not take"):
+        flash_kda.supports(*p.tensors(library), op="decode", final_state=state)
     with pytest.raises(TypeError, match="got 'state', which op='prefill' does not take"):
         flash_kda.supports(*p.tensors(library), state=state)
     with pytest.raises(

@@ -102,10 +102,10 @@ INLINE uint2 fetch_index(const fkda_indices &x, int64_t n, int64_t column) {
 }
 
 /* -1 for what is not a slot of the pool. */
-INLINE int64_t slot_of(const fkda_problem &p, const fkda_indices &x, uint2 raw) {
+INLINE int64_t slot_of(const fkda_states &pool, const fkda_indices &x, uint2 raw) {
   int64_t slot = (int64_t)((uint64_t)raw.y << 32 | raw.x);
   if (x.data && x.dtype != FKDA_I64) slot = (int32_t)raw.x;
-  return slot >= 0 && slot < p.initial.slots ? slot : -1;
+  return slot >= 0 && slot < pool.slots ? slot : -1;
 }
 
 INLINE raw_slots fetch_slots(const fkda_problem &p, int64_t n) {
@@ -471,8 +471,8 @@ INLINE bool begin(held<LINES, QUADS> &S, shared_memory<K> &shared,
   }
 
   const bool one_dimensional = p.final_indices.columns == 0;
-  const int64_t initial = slot_of(p, p.initial_indices, raw.initial);
-  const int64_t final = slot_of(p, p.final_indices, raw.final);
+  const int64_t initial = slot_of(p.initial, p.initial_indices, raw.initial);
+  const int64_t final = slot_of(p.final.data ? p.final : p.initial, p.final_indices, raw.final);
   const bool skip = !raw.valid || initial < 0 || (one_dimensional && final < 0);
   if (__any_sync(WARP, skip)) return false;
 
