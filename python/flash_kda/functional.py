@@ -228,18 +228,8 @@ def fused_recurrent_kda(
             dispatch=grad,
         )  # fmt: skip
         return out, final_state
-    if initial_state is None:
-        state = q.new_zeros(ops.state_shape(q, v, None, layout), dtype=ops.state_dtype(v))
-    elif output_final_state:
-        state = initial_state.to(
-            ops.state_dtype(v), copy=True, memory_format=torch.contiguous_format
-        )
-    else:
-        state = initial_state
-    out = ops.decode(
-        q, k, v, g, beta, state, scale=scale, A_log=A_log, dt_bias=dt_bias,
-        lower_bound=lower_bound, gate=gate, l2norm=use_qk_l2norm_in_kernel,
-        beta_is_logit=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
-        state_layout=layout, write_state=output_final_state, backend=backend_for(q),
+    return ops.recurrent(
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, gate,
+        use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
+        output_final_state, backend_for(q),
     )  # fmt: skip
-    return out, state if output_final_state else None

@@ -1,16 +1,17 @@
-"""torch operators on libflashkda: torch.ops.flash_kda.prefill, .fwd and .decode.
+"""torch operators on libflashkda: torch.ops.flash_kda.prefill, .recurrent, .fwd and .decode.
 
 Importing this module defines them (import flash_kda alone does not import torch):
 
-    prefill(q, k, v, g, beta, ...) -> (out, final_state, checkpoint_state)   allocates what it returns
-    fwd(q, k, v, g, beta, scale, out, ...) -> ()                             flash_kda.fwd, in place
-    decode(q, k, v, g, beta, state, ...) -> out                              flash_kda.decode, state in place
+    prefill(q, k, v, g, beta, ...) -> (out, final_state, checkpoint_state)  allocates what it returns
+    recurrent(q, k, v, g, beta, ...) -> (out, final_state)                  1 to 8 tokens, decode kernel
+    fwd(q, k, v, g, beta, scale, out, ...) -> ()                            flash_kda.fwd, in place
+    decode(q, k, v, g, beta, state, ...) -> out                             flash_kda.decode, state in place
 
 They run on CPU and CUDA tensors, trace under torch.compile and torch.export, and follow autocast: q, k and
 v (and out) then take the autocast dtype, while gates, beta and states keep theirs. prefill has a derivative
-(flash_kda.autograd), the others, which write to memory of the caller, have none.
+(flash_kda.autograd), the others have none. Results that were not asked for are empty tensors.
 
-prefill() and decode() here are the same operations for Python callers: plain tensors in eager mode go
+prefill() and recurrent() here are the same operations for Python callers: plain tensors in eager mode go
 straight to the C extension, because torch's dispatcher costs more than the rest of the call; everything
 else (tracing, tensor subclasses, dispatch modes, functorch, autocast) goes through the operator.
 """
@@ -52,8 +53,12 @@ _SCHEMAS = {
         Tensor(c!)? checkpoint_state=None, Tensor? checkpoint_offsets=None,
         Tensor? checkpoint_indptr=None, SymInt checkpoint_every=0, bool checkpoint_before=False,
         Tensor? checkpoint_state_indices=None, bool batch_invariant=False, str? backend=None) -> ()""",
+    "recurrent": f"""(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, *, float? scale=None,
+        Tensor? A_log=None, Tensor? dt_bias=None, float? lower_bound=None,
+        Tensor? initial_state=None, {_OPTIONS}, bool output_final_state=False, str? backend=None
+        ) -> (Tensor out, Tensor final_state)""",
     "decode": f"""(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, *,
-        {_INDICES}, Tensor? num_accepted_tokens=None, float? scale=None, Tensor? A_log=None,
+        {_INDICES}, Tensor? initial_state=None, Tensor? num_accepted_tokens=None, float? scale=None, Tensor? A_log=None,
         Tensor? dt_bias=None, float? lower_bound=None, {_OPTIONS}, bool write_state=True,
         bool batch_invariant=False, str? backend=None) -> Tensor""",
 }
@@ -200,24 +205,68 @@ def prefill(
     return out, final, options.get("checkpoint_state")
 
 
-def decode(q, k, v, g, beta, state, *, here=False, **options):
-    """The operator decode."""
-    if not here and not _direct(q, k, v, g, beta, state):
-        return torch.ops.flash_kda.decode.default(q, k, v, g, beta, state, **options)
+def recurrent(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, gate, l2norm, beta_is_logit,
+    allow_neg_eigval, state_layout, output_final_state, backend=None, *, here=False,
+):  # fmt: skip
+    """The operator recurrent: prefill for 1 to 8 tokens a sequence, on the decode kernel."""
+    if not here and not _direct(q, k, v, g, beta, initial_state):
+        out, final = torch.ops.flash_kda.recurrent.default(
+            q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
+            initial_state=initial_state, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
+            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
+            output_final_state=output_final_state, backend=backend,
+        )  # fmt: skip
+        return out, final if output_final_state else None
+
     out = _empty_like(v) if v.is_contiguous() else _empty_like(v, memory_format=_CONTIGUOUS)
+    final = has_initial = None
+    if initial_state is None:  # read from nowhere, but the decode kernel wants a place
+        initial_state = final = v.new_empty(state_shape(q, v, None, state_layout), dtype=state_dtype(v))
+        has_initial = v.new_zeros(v.shape[0], dtype=torch.bool)
+    elif output_final_state:
+        if initial_state.dtype is state_dtype(v) and initial_state.is_contiguous():
+            final = _empty_like(initial_state)
+        else:
+            final = v.new_empty(state_shape(q, v, None, state_layout), dtype=state_dtype(v))
+    try:
+        _C.decode(
+            q, k, v, g, beta, final, out, has_initial_state=has_initial,
+            initial_state=initial_state, scale=scale, A_log=A_log, dt_bias=dt_bias,
+            lower_bound=lower_bound, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
+            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
+            write_state=output_final_state, backend=backend,
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        fitted = _fitted(q, k, v, g, beta, A_log, dt_bias, initial_state, None)
+        if fitted is None:
+            raise
+        q, k, v, g, beta, A_log, dt_bias, initial_state, _ = fitted
+        _C.decode(
+            q, k, v, g, beta, final, out, has_initial_state=has_initial,
+            initial_state=initial_state, scale=scale, A_log=A_log, dt_bias=dt_bias,
+            lower_bound=lower_bound, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
+            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
+            write_state=output_final_state, backend=backend,
+        )  # fmt: skip
+    return out, final if output_final_state else None
+
+
+def decode(q, k, v, g, beta, state, **options):
+    """flash_kda.decode, with copies of what the library does not take as it is; state is not copied."""
+    out = _empty_like(v, memory_format=_CONTIGUOUS)
     try:
         return _C.decode(q, k, v, g, beta, state, out, **options)
     except (TypeError, ValueError):
-        # What is written is never copied.
-        read = None if options.get("write_state", True) else state
         fitted = _fitted(
-            q, k, v, g, beta, options.get("A_log"), options.get("dt_bias"), read, None
+            q, k, v, g, beta, options.get("A_log"), options.get("dt_bias"),
+            options.get("initial_state"), None,
         )  # fmt: skip
         if fitted is None:
             raise
-        q, k, v, g, beta, A_log, dt_bias, read, _ = fitted
-        options = {**options, "A_log": A_log, "dt_bias": dt_bias}
-        return _C.decode(q, k, v, g, beta, state if read is None else read, out, **options)
+        q, k, v, g, beta, A_log, dt_bias, initial_state, _ = fitted
+        options = {**options, "A_log": A_log, "dt_bias": dt_bias, "initial_state": initial_state}
+        return _C.decode(q, k, v, g, beta, state, out, **options)
 
 
 def supports(
@@ -294,16 +343,33 @@ def _prefill_fake(
     return tuple(_absent(v) if x is None else x for x in (out, final, checkpoints))
 
 
+def _recurrent_kernel(
+    q, k, v, g, beta, *, scale=None, A_log=None, dt_bias=None, lower_bound=None, initial_state=None,
+    gate="bounded", l2norm=True, beta_is_logit=True, allow_neg_eigval=False, state_layout="vk",
+    output_final_state=False, backend=None,
+):  # fmt: skip
+    out, final = recurrent(
+        q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, gate, l2norm,
+        beta_is_logit, allow_neg_eigval, state_layout, output_final_state, backend, here=True,
+    )  # fmt: skip
+    return out, _absent(v) if final is None else final
+
+
+def _recurrent_fake(
+    q, k, v, g, beta, *, initial_state=None, state_layout="vk", output_final_state=False, **_
+):
+    out, final, _ = _prefill_fake(
+        q, k, v, g, beta, state_layout=state_layout, output_final_state=output_final_state
+    )
+    return out, final
+
+
 def _fwd_kernel(*arguments, **options):
     _C.fwd(*arguments, **options)
 
 
 def _fwd_fake(*arguments, **options):
     return None
-
-
-def _decode_kernel(q, k, v, g, beta, state, **options):
-    return decode(q, k, v, g, beta, state, here=True, **options)
 
 
 def _decode_fake(q, k, v, g, beta, state, **_):
@@ -331,7 +397,8 @@ NO_BACKWARD = "use torch.no_grad(), torch.inference_mode(), or tensors that do n
 _KERNELS = {
     "prefill": (_prefill_kernel, _prefill_fake),
     "fwd": (_fwd_kernel, _fwd_fake),
-    "decode": (_decode_kernel, _decode_fake),
+    "recurrent": (_recurrent_kernel, _recurrent_fake),
+    "decode": (decode, _decode_fake),
 }
 
 
@@ -362,7 +429,7 @@ def _define():
         library.impl(name, autograd.prefill if name == "prefill" else _autograd(name), "Autograd")
         torch.library.register_fake(f"flash_kda::{name}", fake, lib=library)
     # fwd writes to memory of the caller, whose dtype autocast cannot change.
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "recurrent", "decode"):
         library.impl(name, _autocast(name, "cpu"), "AutocastCPU")
         library.impl(name, _autocast(name, "cuda"), "AutocastCUDA")
     return library

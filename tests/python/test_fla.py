@@ -135,14 +135,14 @@ def naive(p):
 
 class Registered:
     def __init__(self):
-        self.calls = []  # "prefill" or "decode", whatever runs here
+        self.calls = []  # "prefill" or "recurrent", whatever runs here
         self.how = integration.register()
 
 
 @pytest.fixture
 def registered(monkeypatch):
     result = Registered()
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "recurrent"):
         run = getattr(flash_kda.ops, name)
 
         def counting(*arguments, run=run, name=name, **keywords):
@@ -185,7 +185,7 @@ def test_registered(registered, what, name, T, v_first):
         cu_seqlens=Torch.of(p.cu_seqlens), **{V_FIRST: v_first}, **flags(p),
     )  # fmt: skip
     few = name == "fused_recurrent_kda" and T == 1 and "lens" not in shape
-    assert registered.calls == ["decode" if few else "prefill"]
+    assert registered.calls == ["recurrent" if few else "prefill"]
     if not v_first:
         final = final.transpose(2, 3).contiguous()
     gold_out, gold_final = naive(p)
@@ -314,7 +314,7 @@ print(flash_kda.integrations.fla.register())
 q = torch.randn(1, 5, 2, 64)
 arguments = q, q, q, -q.abs(), q[..., 0].sigmoid()
 calls = []
-for name in ("prefill", "decode"):
+for name in ("prefill", "recurrent"):
     def counting(*a, run=getattr(flash_kda.ops, name), **k):
         calls.append(run)
         return run(*a, **k)

@@ -228,8 +228,8 @@ def test_wrong_arguments():
             use_beta_sigmoid_in_kernel=False,
         )  # fmt: skip
         refused(function, "lower_bound: -6", lower_bound=-6.0)
-        refused(function, "state: shape", initial_state=torch.zeros(1, 2, 64, 63))
-        refused(function, "state: shape", initial_state=torch.zeros(2, 2, 64, 64))
+        refused(function, "initial_state: shape", initial_state=torch.zeros(1, 2, 64, 63))
+        refused(function, "initial_state: shape", initial_state=torch.zeros(2, 2, 64, 64))
         refused(function, "transpose_state_layout", state_v_first=True, transpose_state_layout=True)
         with pytest.raises(ValueError, match=r"k: shape \[1,5,2,32\], expected \[1,5,2,64\]"):
             function(tensors[0], tensors[1][..., :32], *tensors[2:], **options)

@@ -66,6 +66,13 @@ def test_opcheck_fwd(options):
     torch.library.opcheck(OPS.fwd.default, arguments, keywords)
 
 
+@pytest.mark.parametrize("state", [False, True])
+def test_opcheck_recurrent(state):
+    p = problem(B=2, T=2, HV=4, gate="softplus", state=state)
+    arguments = prefill_arguments(p, output_final_state=True)
+    torch.library.opcheck(OPS.recurrent.default, *arguments)
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def test_opcheck_decode(pool):
     p = problem(B=3, T=2, HV=4, gate="softplus")
@@ -110,8 +117,10 @@ def test_fwd_and_decode_write_in_place():
     result = OPS.decode(*inputs, pool, A_log=A_log, dt_bias=dt_bias)
     expected = flash_kda.decode(*inputs, expected_pool, A_log=A_log, dt_bias=dt_bias)
     assert bits(result) == bits(expected) and bits(pool) == bits(expected_pool)
-    result = ops.decode(*inputs, expected_pool, A_log=A_log, dt_bias=dt_bias, write_state=False)
-    assert bits(expected_pool) == bits(pool)
+    result = OPS.decode(
+        *inputs, torch.empty_like(pool), A_log=A_log, dt_bias=dt_bias, initial_state=pool
+    )
+    assert bits(result) == bits(flash_kda.decode(*inputs, pool, A_log=A_log, dt_bias=dt_bias))
 
 
 # ---- compilation ----------------------------------------------------------------------------------------
@@ -299,6 +308,7 @@ def test_operators_refuse_gradients():
     calls = [
         lambda: OPS.fwd(*inputs, None, torch.empty_like(inputs[2]), None, None, None),
         lambda: OPS.decode(*inputs, state),
+        lambda: OPS.recurrent(*inputs),
     ]
     for call in calls:
         with pytest.raises(NotImplementedError, match="no derivative.*no_grad"):
