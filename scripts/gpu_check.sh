@@ -49,8 +49,8 @@ title "case table on $backend"
 timeout 180 "$FLASHKDA_TOOL" check --backend $backend --json >$logs/check.json
 
 title "Python tests"
-timeout 180 "$python" -m pytest tests/python/test_cuda.py -q -rfE -p no:cacheprovider --durations=5 \
-  --junitxml=$logs/python.xml
+timeout 300 "$python" -m pytest tests/python/test_cuda.py tests/python/test_torch_cuda.py -q -rfE \
+  -p no:cacheprovider --durations=5 --junitxml=$logs/python.xml
 
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer)
 cases=(

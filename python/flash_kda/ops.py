@@ -222,7 +222,9 @@ def recurrent(
     out = _empty_like(v) if v.is_contiguous() else _empty_like(v, memory_format=_CONTIGUOUS)
     final = has_initial = None
     if initial_state is None:  # read from nowhere, but the decode kernel wants a place
-        initial_state = final = v.new_empty(state_shape(q, v, None, state_layout), dtype=state_dtype(v))
+        initial_state = final = v.new_empty(
+            state_shape(q, v, None, state_layout), dtype=state_dtype(v)
+        )
         has_initial = v.new_zeros(v.shape[0], dtype=torch.bool)
     elif output_final_state:
         if initial_state.dtype is state_dtype(v) and initial_state.is_contiguous():

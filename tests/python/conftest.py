@@ -41,3 +41,13 @@ def run_python():
         return done.stdout.strip()
 
     return run
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile without what other tests have compiled."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -291,6 +291,17 @@ def test_registering_and_unregistering():
         del sys.modules["elsewhere"]
 
 
+def test_supports_says_why():
+    p = problem(T=5)
+    arguments = dict(zip(("q", "k", "v", "g", "beta"), p.tensors(Torch)), **flags(p))
+    assert integration.supports("chunk_kda", **arguments) == (True, "")
+    assert integration.supports("fused_recurrent_kda", **arguments) == (True, "")
+    assert integration.supports("chunk_kda", cp_context=1, **arguments)[1] == "context parallelism"
+    arguments["q"] = arguments["q"][..., :48]
+    good, reason = integration.supports("chunk_kda", **arguments)
+    assert not good and reason.startswith("k: shape")
+
+
 def test_fla_logs_the_route(registered, caplog):
     """FLA says each route once a process: taken from its log where this is the first."""
     p = problem(T=5)

@@ -180,13 +180,6 @@ def same(results, expected, name):
         assert x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y)
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_without_a_break(fresh_dynamo, name, guard):

@@ -75,13 +75,16 @@ def _why_not(function, arguments: dict) -> str | None:
 def _verify(function, arguments: dict) -> tuple[bool, str | None]:
     try:
         reason = _why_not(function, arguments)
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-    ) as problem:  # wrong arguments: FLA says so in its words
+    except (TypeError, ValueError, KeyError) as problem:  # FLA has its own words for it
         reason = str(problem)
     return reason is None, reason
+
+
+def supports(name: str, **arguments) -> tuple[bool, str]:
+    """(True, '') if a call of FLA's function `name` with these arguments would run on this library once
+    register() has been called, else (False, reason)."""
+    supported, reason = _verify(_FUNCTIONS[name], arguments)
+    return supported, reason or ""
 
 
 def _run(function, arguments: dict):
