@@ -747,6 +747,13 @@ static fkda_prefill_args offsets_prefill(void) {
   a.checkpoint_state = OUTPUT(FKDA_BF16, 3, 2, HV, V, K);
   return a;
 }
+/* [N]: one a sequence */
+static fkda_prefill_args one_prefill(void) {
+  fkda_prefill_args a = ragged_prefill();
+  a.checkpoint_offsets = I32(16, -1, 0);
+  a.checkpoint_state = OUTPUT(FKDA_F32, 3, HV, V, K);
+  return a;
+}
 static fkda_prefill_args packed_prefill(void) {
   fkda_prefill_args a = ragged_prefill();
   a.checkpoint_offsets = I32(0, 16, 0, 77);
@@ -765,6 +772,7 @@ static void test_checkpoint_options(void **state) {
   (void)state;
   const fkda_tensor none = {0};
   TAKEN(offsets_prefill, (void)a);
+  TAKEN(one_prefill, (void)a);
   TAKEN(packed_prefill, (void)a);
   TAKEN(every_prefill, (void)a);
   REFUSED(every_prefill, INVALID, "checkpoint_every: 24, expected 0 or a multiple of 16",
@@ -780,9 +788,11 @@ static void test_checkpoint_options(void **state) {
   REFUSED(packed_prefill, INVALID,
           "checkpoint_indptr: given, expected none without checkpoint_offsets",
           a.checkpoint_offsets = none);
-  REFUSED(packed_prefill, INVALID,
-          "checkpoint_indptr: absent, expected [N+1] with one-dimensional checkpoint_offsets",
-          a.checkpoint_indptr = none);
+  REFUSED(
+      packed_prefill, INVALID,
+      "checkpoint_indptr: absent, expected [N+1] with checkpoint_offsets of shape [4], which is "
+      "not [N] = [3]",
+      a.checkpoint_indptr = none);
   REFUSED(offsets_prefill, INVALID, "checkpoint_offsets: shape [3,2], expected [R]",
           a.checkpoint_indptr = I32(0, 1, 2, 3));
   REFUSED(offsets_prefill, INVALID,
@@ -821,6 +831,14 @@ static void test_checkpoint_shapes(void **state) {
   REFUSED(offsets_prefill, INVALID,
           "checkpoint_state: shape [3,2,4,8,16], expected [P,4,8,16] = [P,HV,V,K]",
           a.checkpoint_state_indices = reshaped(I32(0, 1, 2, 3, 4, 5), SHAPE(3, 2)));
+  REFUSED(one_prefill, INVALID,
+          "checkpoint_state: shape [3,1,4,8,16], expected [3,4,8,16] = [N,HV,V,K]",
+          a.checkpoint_state = reshaped(a.checkpoint_state, SHAPE(3, 1, HV, V, K)));
+  REFUSED(one_prefill, INVALID,
+          "checkpoint_state_indices: shape [3,1], expected [3] to match checkpoint_offsets",
+          a.checkpoint_state_indices = reshaped(I32(0, 1, 2), SHAPE(3, 1)));
+  TAKEN(one_prefill, (a.checkpoint_state_indices = I32(4, 0, 1),
+                      a.checkpoint_state = OUTPUT(FKDA_F32, 5, HV, V, K)));
   REFUSED(packed_prefill, INVALID, "checkpoint_indptr: shape [3], expected [4] = [N+1]",
           a.checkpoint_indptr.shape[0] = 3);
   REFUSED(packed_prefill, INVALID,
@@ -882,6 +900,11 @@ static void test_checkpoint_contents(void **state) {
       "checkpoint_offsets[1]: 32, expected -1 or a multiple of 16 up to 17, the length of "
       "sequence 0",
       set_i32(a.checkpoint_offsets, 1, 32));
+  REFUSED_IN_RUN(
+      one_prefill, INVALID,
+      "checkpoint_offsets[2]: 16, expected -1 or a multiple of 16 up to 15, the length of "
+      "sequence 2",
+      set_i32(a.checkpoint_offsets, 2, 16));
   REFUSED_IN_RUN(packed_prefill, INVALID, "checkpoint_indptr[0]: 1, expected 0",
                  set_i32(a.checkpoint_indptr, 0, 1));
   REFUSED_IN_RUN(packed_prefill, INVALID,

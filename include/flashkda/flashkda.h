@@ -226,9 +226,10 @@ typedef struct fkda_prefill_args {
 
   /* Checkpoints: copies of the running state, stored to checkpoint_state (bf16, f16 or f32).
    * By offsets: the state after checkpoint_offsets tokens of its sequence, multiples of 16 in
-   *   [0, length], -1 = none. Either checkpoint_offsets [N,C] with checkpoint_state [N,C,HV,V,K], or packed:
-   *   checkpoint_offsets [R] with checkpoint_indptr [N+1], contiguous, 0 = indptr[0] <= ... <= R
-   *   (sequence n owns rows indptr[n] .. indptr[n+1]-1) and checkpoint_state [R,HV,V,K].
+   *   [0, length], -1 = none. Either checkpoint_offsets [N,C] with checkpoint_state [N,C,HV,V,K], or one
+   *   a sequence: [N] with [N,HV,V,K], or packed: checkpoint_offsets [R] with checkpoint_indptr [N+1],
+   *   contiguous, 0 = indptr[0] <= ... <= R (sequence n owns rows indptr[n] .. indptr[n+1]-1) and
+   *   checkpoint_state [R,HV,V,K].
    * By interval: every checkpoint_every tokens (a multiple of 16), sum of ceil(length/every) rows in
    *   sequence order, checkpoint_state [R,HV,V,K] or [B,R/B,HV,V,K]. Row j of a sequence is the state
    *   before token j*every (checkpoint_before = 1), or after token min((j+1)*every, length). R may be

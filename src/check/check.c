@@ -468,30 +468,32 @@ static fkda_status check_checkpoint_state(fkda_checker *c, const fkda_tensor *st
                                           int64_t rows, bool written) {
   fkda_problem *p = c->problem;
   fkda_checkpoints *x = &p->checkpoints;
+  const bool by_sequence = x->mode == FKDA_CHECKPOINT_OFFSETS;
+  const bool one_each = by_sequence && x->per_sequence == 1 && x->offsets.columns == 0;
   const uint32_t dtypes = STATE_DTYPES | FKDA_DTYPE_BIT(FKDA_F16);
   fkda_form form = state_form(p, indexed ? -1 : rows, dtypes, written);
   form.state = indexed; /* with slots of its own it may lie in the pool that the call works on */
-  if (!indexed) form.dims = state_dims(p, "R,HV,V,K", "R,HV,K,V");
-  const bool five = !indexed && (x->mode == FKDA_CHECKPOINT_OFFSETS ||
+  if (!indexed && !by_sequence) form.dims = state_dims(p, "R,HV,V,K", "R,HV,K,V");
+  const bool five = !indexed && ((by_sequence && !one_each) ||
                                  (x->mode == FKDA_CHECKPOINT_EVERY && state->ndim == 5));
   if (five) {
-    const bool offsets = x->mode == FKDA_CHECKPOINT_OFFSETS;
     form.ndim = 5;
-    form.dims = offsets ? state_dims(p, "N,C,HV,V,K", "N,C,HV,K,V")
-                        : state_dims(p, "B,R/B,HV,V,K", "B,R/B,HV,K,V");
+    form.dims = by_sequence ? state_dims(p, "N,C,HV,V,K", "N,C,HV,K,V")
+                            : state_dims(p, "B,R/B,HV,V,K", "B,R/B,HV,K,V");
     memmove(form.shape + 2, form.shape + 1, 3 * sizeof form.shape[0]);
-    form.shape[0] = offsets ? p->N : p->B;
-    form.shape[1] = offsets ? x->per_sequence : -1;
+    form.shape[0] = by_sequence ? p->N : p->B;
+    form.shape[1] = by_sequence ? x->per_sequence : -1;
     /* rows are numbered through, so that batch rows hold exactly what they need */
-    if (!offsets && p->B > 1) form.shape[1] = p->T / x->every + (p->T % x->every != 0);
+    if (!by_sequence && p->B > 1) form.shape[1] = p->T / x->every + (p->T % x->every != 0);
   }
   TRY(fkda_check_tensor(c, "checkpoint_state", state, &form));
   x->state = states_of(c, state);
+  x->stride_n = x->state.stride_slot; /* one offset a sequence */
   if (!five) return FKDA_OK;
   int64_t stride[FKDA_MAX_DIMS];
   fkda_resolve_strides(state, stride);
   const int64_t stride_n = stride[0];
-  if (x->mode == FKDA_CHECKPOINT_OFFSETS) {
+  if (by_sequence) {
     x->stride_n = stride_n;
     x->state.slots = x->rows;
     return FKDA_OK;
@@ -557,16 +559,18 @@ static fkda_status check_checkpoints(fkda_checker *c, const fkda_prefill_args *a
     x->indptr = vector_of(c, &a->checkpoint_indptr);
   } else {
     x->mode = FKDA_CHECKPOINT_OFFSETS;
-    if (offset->ndim == 1)
+    const bool one = offset->ndim == 1;
+    if (one && offset->shape[0] != p->N)
       return fkda_fail(INVALID,
-                       "checkpoint_indptr: absent, expected [N+1] with one-dimensional "
-                       "checkpoint_offsets");
-    index.ndim = 2;
-    index.dims = "N,C";
+                       "checkpoint_indptr: absent, expected [N+1] with checkpoint_offsets of shape "
+                       "[%lld], which is not [N] = [%lld]",
+                       (ll)offset->shape[0], (ll)p->N);
+    index.ndim = one ? 1 : 2;
+    index.dims = one ? "N" : "N,C";
     index.shape[0] = p->N;
     index.shape[1] = -1;
     TRY(fkda_check_tensor(c, "checkpoint_offsets", offset, &index));
-    x->per_sequence = offset->shape[1];
+    x->per_sequence = one ? 1 : offset->shape[1];
     x->rows = p->N * x->per_sequence;
   }
   if (offsets) x->offsets = indices_of(c, offset);

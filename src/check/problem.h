@@ -65,10 +65,10 @@ typedef struct fkda_checkpoints {
   fkda_checkpoint_mode mode;
   fkda_states state;    /* for OFFSETS without indices: stride_slot advances by one checkpoint and
                         * stride_n by one sequence; elsewhere rows are numbered 0..R-1 */
-  int64_t stride_n;     /* OFFSETS without indices only, elements */
+  int64_t stride_n;     /* OFFSETS without indices only, elements; as stride_slot for [N] offsets */
   int64_t rows;         /* R, or N*C; by interval R may exceed the rows that the lengths make */
-  int64_t per_sequence; /* C, OFFSETS only */
-  fkda_indices offsets; /* OFFSETS: [N,C] as columns = C. PACKED: [R] as columns = 0 */
+  int64_t per_sequence; /* C, OFFSETS only; 1 for [N] offsets */
+  fkda_indices offsets; /* OFFSETS: [N,C] as columns = C, [N] as 0. PACKED: [R] as columns = 0 */
   fkda_vector indptr;   /* PACKED */
   fkda_indices slots;   /* checkpoint_state_indices; dtype FKDA_NONE: row r goes to its own place */
   int64_t every;

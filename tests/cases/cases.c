@@ -623,10 +623,11 @@ static void state_cases(void) {
 static const int64_t checkpoint_lens[] = {64, 0, 100, 15, 48, 16};
 
 static void checkpoint_cases(void) {
-  static const char *const names[] = {"none", "offsets", "packed", "every", "before"};
+  static const char *const names[] = {"none", "offsets", "packed", "every", "before", "one"};
   static const int32_t kinds[] = {FKDA_F32, FKDA_BF16, FKDA_F16};
   for (int d = 0; d < 2; d++) {
-    for (int marks = FKDA_MARKS_OFFSETS; marks <= FKDA_MARKS_BEFORE; marks++) {
+    for (int marks = FKDA_MARKS_OFFSETS; marks <= FKDA_MARKS_ONE; marks++) {
+      const bool prefix = marks != FKDA_MARKS_PACKED && marks != FKDA_MARKS_ONE;
       for (int variant = 0; variant < 6; variant++) {
         const int32_t kind = kinds[variant % 3];
         const bool slots = variant >= 3;
@@ -643,7 +644,7 @@ static void checkpoint_cases(void) {
         c->layout = variant == 1 ? FKDA_STATE_KV : FKDA_STATE_VK;
         if (variant == 2) c->initial_dtype = FKDA_NONE;
         if (variant == 4) c->final_dtype = FKDA_NONE;
-        if (kind == FKDA_F32 && !slots && marks != FKDA_MARKS_PACKED) c->claims = FKDA_CLAIM_PREFIX;
+        if (kind == FKDA_F32 && !slots && prefix) c->claims = FKDA_CLAIM_PREFIX;
       }
       fkda_case *c = add(FKDA_GROUP_checkpoints, 17, io_dtypes[d], "%s_batch", names[marks]);
       c->B = 3;
@@ -651,7 +652,7 @@ static void checkpoint_cases(void) {
       c->marks = (fkda_marks)marks;
       c->every = 16;
       c->K = c->V = 128;
-      if (marks != FKDA_MARKS_PACKED) c->claims = FKDA_CLAIM_PREFIX;
+      if (prefix) c->claims = FKDA_CLAIM_PREFIX;
       c = add(FKDA_GROUP_checkpoints, 17, io_dtypes[d], "%s_skipped", names[marks]);
       ragged(c, checkpoint_lens, 6);
       c->marks = (fkda_marks)marks;

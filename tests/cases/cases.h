@@ -104,6 +104,7 @@ typedef enum fkda_marks {
   FKDA_MARKS_PACKED,
   FKDA_MARKS_EVERY,  /* after */
   FKDA_MARKS_BEFORE, /* every n tokens, before */
+  FKDA_MARKS_ONE,    /* [N], one a sequence, some -1 */
 } fkda_marks;
 
 /* What else must hold; bits of fkda_case.claims. */

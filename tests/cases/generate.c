@@ -558,12 +558,13 @@ static bool place_checkpoints(fkda_fixture *f, fkda_random *random) {
   const fkda_case *c = f->c;
   const int64_t N = fkda_case_sequences(c);
   const bool interval = c->marks == FKDA_MARKS_EVERY || c->marks == FKDA_MARKS_BEFORE;
+  const bool one = c->marks == FKDA_MARKS_ONE;
   int64_t C = 0, rows = 0;
   if (c->marks == FKDA_MARKS_NONE) return true;
   for (int64_t n = 0; n < N; n++) {
     const int64_t mine = f->lengths[n] / c->every + 1;
     C = mine > C ? mine : C;
-    rows += interval ? (f->lengths[n] + c->every - 1) / c->every : mine;
+    rows += interval ? (f->lengths[n] + c->every - 1) / c->every : one ? 1 : mine;
   }
   if (c->marks == FKDA_MARKS_OFFSETS) rows = N * C;
   const int64_t slots = c->checkpoint_slots ? rows + 2 : rows;
@@ -578,6 +579,7 @@ static bool place_checkpoints(fkda_fixture *f, fkda_random *random) {
     const int64_t valid = f->lengths[n] / c->every + 1; /* 0, every, 2 every, ... <= length */
     const int64_t mine = c->marks == FKDA_MARKS_OFFSETS ? C
                          : interval                     ? (f->lengths[n] + c->every - 1) / c->every
+                         : one                          ? 1
                                                         : valid;
     indptr[n] = r;
     for (int64_t i = 0; i < mine; i++, r++) {
@@ -587,11 +589,15 @@ static bool place_checkpoints(fkda_fixture *f, fkda_random *random) {
       offsets[r] =
           j < valid && !(c->marks == FKDA_MARKS_OFFSETS && (n + j) % 4 == 3) ? j * c->every : -1;
       if (interval) offsets[r] = 0; /* the offset follows from the row */
+      if (one) offsets[r] = n % 4 == 3 ? -1 : (n % 2 ? valid / 2 : valid - 1) * c->every;
     }
   }
   indptr[N] = r;
   if (c->marks == FKDA_MARKS_OFFSETS &&
       !place_integers(f, FKDA_FIELD_checkpoint_offsets, c->index_dtype, 2, N, C, offsets)) {
+    goto done;
+  }
+  if (one && !place_integers(f, FKDA_FIELD_checkpoint_offsets, c->index_dtype, 1, N, 0, offsets)) {
     goto done;
   }
   if (c->marks == FKDA_MARKS_PACKED &&
