@@ -7,6 +7,7 @@ from typing import Any
 import flash_kda
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -16,6 +17,28 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2.5e-3, "float16": 2.5e-3}
 def tolerance(dtype: str, size: int) -> float:
     """TOLERANCE, an RMS; of a few bfloat16 values each may be off by half a unit, 2**-8."""
     return 2**-8 + 2e-5 if dtype == "bfloat16" and size < 512 else TOLERANCE[dtype]
+
+
+def why_no_cuda() -> str:
+    """Why no CUDA tensor can be computed on here; empty if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device for torch"
+    rows = [row for row in flash_kda.backends() if not row[0].startswith(("cpu-", "reference"))]
+    if any(available for _, available, _ in rows):
+        return ""
+    return "; ".join(reason for _, _, reason in rows) or "this build has no CUDA backend"
+
+
+# For tests that run on both.
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(bool(why_no_cuda()), reason=why_no_cuda())),
+]
+
+
+def tolerance_on(device: str) -> float:
+    """Of a bfloat16 prefill; on a GPU the operands of matrix products are bfloat16 too."""
+    return TOLERANCE["bfloat16"] if device == "cpu" else 5e-3
 
 
 def torch_of(array: np.ndarray) -> torch.Tensor:

@@ -12,25 +12,12 @@ import pytest
 import test_cases as table
 import test_serving
 import torch
-from problems import DLPackOnly, TorchLike, error, numpy_of, problem, torch_of
+from problems import DLPackOnly, TorchLike, error, numpy_of, problem, torch_of, why_no_cuda
 
 TOLERANCE = 5e-3  # bf16 operands in matrix products
 DECODE_TOLERANCE = 2.5e-3  # fp32 arithmetic, bf16 output
 COLLINEAR_TOLERANCE = 1.5e-2
-CPU_ROWS = ("cpu-", "reference")
-
-
-def why_not():
-    """Why nothing here can run; empty if it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device for torch"
-    rows = [row for row in flash_kda.backends() if not row[0].startswith(CPU_ROWS)]
-    if any(available for _, available, _ in rows):
-        return ""
-    return "; ".join(reason for _, _, reason in rows) or "this build has no CUDA backend"
-
-
-REASON = why_not()
+REASON = why_no_cuda()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
