@@ -38,6 +38,8 @@ read -ra flags <<<"$(pkg-config --cflags --libs flashkda)"
 runs "$work/prefill"
 "$cc" "${strict[@]}" "$source/examples/serving.c" "${flags[@]}" -o "$work/serving"
 "$work/serving" --requests 20 >/dev/null || fail "examples/serving.c"
+"$cc" "${strict[@]}" "$source/examples/decode.c" "${flags[@]}" -lm -o "$work/decode"
+"$work/decode" >/dev/null || fail "examples/decode.c"
 read -ra flags <<<"$(pkg-config --cflags flashkda)"
 private=$(pkg-config --static --libs-only-other --libs-only-l flashkda)
 read -ra private <<<"${private/-lflashkda/}"

@@ -1,0 +1,72 @@
+"""The programs below examples/ run, and what they print of themselves holds."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from problems import DEVICES
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+
+
+def run(name, *arguments, timeout=300):
+    """What the example printed. One torch thread: a busy machine makes more of them wait for each other."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def needs(module):
+    """`module` is looked for, not imported: FLA's import takes seconds."""
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"{module} is not installed")
+
+
+def test_numpy():
+    assert re.search(r"^out \(1, 16, 2, 64\) rms 0\.\d+$", run("prefill.py"), re.M)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch(device):
+    out = run("decode.py", "--device", device)
+    assert re.search(
+        rf"^3 requests, 12 steps on {device}: out \S+, state \S+ from one prefill$", out
+    )
+
+
+@needs("transformers")
+@pytest.mark.parametrize("device", DEVICES)
+def test_transformers(device):
+    out = run("kimi_linear.py", "--device", device, "--prompt", "70", "--tokens", "8")
+    for name in ("transformers", "flash_kda"):
+        assert re.search(rf"^{name} +prefill +\S+ ms +decode +\S+ ms a token$", out, re.M)
+    same = re.search(r"^(\d+) of 8 generated tokens are the same$", out, re.M)
+    assert device != "cpu" or same[1] == "8"
+
+
+@needs("fla")
+def test_fla_on_the_cpu():
+    out = run("fla_model.py")
+    assert re.search(r"^chunk_kda of 64 tokens and fused_recurrent_kda of 32", out)
+
+
+@needs("fla")
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_fla_model_on_a_gpu(device):
+    """FLA tunes its kernels first."""
+    if importlib.util.find_spec("fla.models") is None:
+        pytest.skip("flash-linear-attention is not installed, only fla-core")
+    out = run("fla_model.py", "--device", device, "--prompt", "256", timeout=600)
+    difference = float(re.search(r"^logits of the first token differ by (\S+)$", out, re.M)[1])
+    assert difference < 2e-2
