@@ -49,8 +49,9 @@ title "case table on $backend"
 timeout 180 "$FLASHKDA_TOOL" check --backend $backend --json >$logs/check.json
 
 title "Python tests"
-timeout 300 "$python" -m pytest tests/python/test_cuda.py tests/python/test_torch_cuda.py -q -rfE \
-  -p no:cacheprovider --durations=5 --junitxml=$logs/python.xml
+tests=(tests/python/test_{cuda,torch_cuda,sglang,vllm,transformers,examples}.py) # of the latter what has "cuda" in its name
+timeout 300 "$python" -m pytest "${tests[@]}" -k cuda -q -rfE -p no:cacheprovider \
+  --durations=5 --junitxml=$logs/python.xml
 
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer)
 cases=(

@@ -47,10 +47,12 @@ if check wheel scripts/wheel.sh --install; then
   files+=("$results/pytest.xml")
   FLASHKDA_TOOL=$PWD/build/release/flashkda build/venv/bin/python -m pytest tests/python -q \
     --junitxml="$results/pytest.xml" -p no:cacheprovider || true
+  with_fla=(tests/python/test_fla.py tests/python/test_examples.py::test_fla_on_the_cpu
+    tests/python/test_transformers.py::test_greedy_tokens_are_stocks)
   while read -r version; do
     title "pytest with fla-core $version"
     files+=("$results/pytest-fla-$version.xml")
-    PYTHONPATH=$PWD/build/fla/$version build/venv/bin/python -m pytest tests/python/test_fla.py -q \
+    PYTHONPATH=$PWD/build/fla/$version build/venv/bin/python -m pytest "${with_fla[@]}" -q \
       --junitxml="$results/pytest-fla-$version.xml" -p no:cacheprovider || true
   done <tests/python/fla-versions.txt
 fi

@@ -41,6 +41,13 @@ def tolerance_on(device: str) -> float:
     return TOLERANCE["bfloat16"] if device == "cpu" else 5e-3
 
 
+def agree(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Two calls that are to give the same: to the bit on the CPU; on a GPU they may have other plans."""
+    if x.device.type == "cpu":
+        return torch.equal(x, y)
+    return error(x.cpu(), y.double().cpu()) <= tolerance_on("cuda")
+
+
 def torch_of(array: np.ndarray) -> torch.Tensor:
     """The same memory as a torch tensor, strides kept."""
     if array.dtype == BF16:

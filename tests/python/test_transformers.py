@@ -1,6 +1,7 @@
 """transformers' native Kimi-Linear models on our kernels, against their own PyTorch functions.
 
-Small models with random weights, on the CPU; bench/integrations.py does the same on a GPU, with times.
+Small models with random weights, on the CPU, in bfloat16 also on a GPU; bench/integrations.py has larger
+ones, with times.
 "Stock" is transformers' PyTorch implementation, also where flash-linear-attention is installed (whose Triton
 kernels do not run without a GPU).
 """
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 
 import flash_kda.integrations.transformers as integration  # noqa: E402
 from flash_kda import ops  # noqa: E402
+from problems import DEVICES  # noqa: E402
 
 KIMI = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
 MODULES = {"kimi_linear": KIMI}
@@ -371,29 +373,76 @@ def bfloat16_model(name):
     return _built[name, "bf16"]
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
-@pytest.mark.parametrize("step", [0, 1], ids=["prefill", "decode"])
-def test_bfloat16_error_is_stocks(name, step):
+LENS = (90, 33, 6)
+
+
+def alone(model, sequences):
+    return [logits(model, x[None], use_cache=False)[0] for x in sequences]
+
+
+def left_padded(model, sequences):
+    width = max(len(x) for x in sequences)
+    pads = [width - len(x) for x in sequences]
+    ids = torch.stack([torch.nn.functional.pad(x, (n, 0)) for x, n in zip(sequences, pads)])
+    mask = torch.stack([(torch.arange(width, device=ids.device) >= n).long() for n in pads])
+    outs = logits(model, ids, attention_mask=mask, use_cache=False)
+    return [out[n:] for out, n in zip(outs, pads)]
+
+
+def through_cache(first, rest):
+    """The first tokens, then pieces of `rest` tokens."""
+
+    def run(model, sequences):
+        outs = []
+        for x in sequences:
+            cache = transformers.DynamicCache(config=model.config.get_text_config())
+            pieces = [x[:first], *x[first:].split(rest)]
+            outs += [logits(model, p[None], past_key_values=cache)[0] for p in pieces if len(p)]
+        return outs
+
+    return run
+
+
+def packed_together(model, sequences):
+    lens = [len(x) for x in sequences]
+    device = sequences[0].device
+    bounds = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(n, device=device) for n in lens])[None]
+    options = dict(position_ids=positions, cu_seqlens=bounds, use_cache=False)
+    return [logits(model, torch.cat(sequences)[None], **options)[0]]
+
+
+FORMS = {
+    "alone": alone,
+    "left_padded": left_padded,
+    "decode": through_cache(4, 1),
+    "chunked": through_cache(37, 20),
+    "packed": packed_together,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "name, form", [(n, f) for n in MODULES for f in FORMS if (n, f) != ("glm5_next", "packed")]
+)
+def test_bfloat16_error_is_stocks(name, form, device, calls):
     """Teacher-forced, against float32 with the same weights: at most 1.2 times stock's error."""
-    ids = tokens(2, 200) if not step else tokens(4, 48)
-    bfloat16 = bfloat16_model(name)
-    gold = copy.deepcopy(bfloat16).float()
-
-    def run(model):
-        if not step:
-            return logits(model, ids, use_cache=False)
-        config = model.config.get_text_config()
-        cache = transformers.DynamicCache(config=config)
-        outs = [logits(model, ids[:, :4], past_key_values=cache)]
-        outs += [logits(model, x, past_key_values=cache) for x in ids[:, 4:].split(1, dim=1)]
-        return torch.cat(outs, dim=1)
-
+    model = copy.deepcopy(bfloat16_model(name)).to(device)
+    gold = copy.deepcopy(model).float()
+    sequences = [tokens(n, seed=n).to(device) for n in LENS]
     with stock():
-        expected = run(gold)
-        stocks = difference(run(bfloat16), expected)
+        expected = torch.cat(alone(gold, sequences))
+        # without FLA's and causal_conv1d's kernels stock cannot take packed sequences
+        stocks = FORMS["alone" if form == "packed" else form](model, sequences)
+        stocks = difference(torch.cat(stocks), expected)
+    assert calls == {"prefill": 0, "decode": 0}
     with ours():
-        error = difference(run(bfloat16), expected)
-    print(f"{name}: ours {error:.2e}, stock {stocks:.2e}, ratio {error / stocks:.2f}")
+        error = difference(torch.cat(FORMS[form](model, sequences)), expected)
+    assert calls["prefill"] > 0 and (calls["decode"] > 0) == (form == "decode")
+    print(
+        f"{name}, {form} on {device}: logits off by {error:.2e}, stock's by {stocks:.2e}, "
+        f"ratio {error / stocks:.2f}"
+    )
     assert error <= 1.2 * stocks
 
 
