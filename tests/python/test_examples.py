@@ -1,6 +1,7 @@
-"""The programs below examples/ run, and what they print of themselves holds."""
+"""The programs below examples/ run, and what they print of themselves holds; so does bench/integrations.py."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -10,13 +11,13 @@ import sys
 import pytest
 from problems import DEVICES
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(name, *arguments, timeout=300):
-    """What the example printed. One torch thread: a busy machine makes more of them wait for each other."""
+    """What the program printed. One torch thread: a busy machine makes more of them wait for each other."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
+        [sys.executable, ROOT / name, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -34,12 +35,12 @@ def needs(module):
 
 
 def test_numpy():
-    assert re.search(r"^out \(1, 16, 2, 64\) rms 0\.\d+$", run("prefill.py"), re.M)
+    assert re.search(r"^out \(1, 16, 2, 64\) rms 0\.\d+$", run("examples/prefill.py"), re.M)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_torch(device):
-    out = run("decode.py", "--device", device)
+    out = run("examples/decode.py", "--device", device)
     assert re.search(
         rf"^3 requests, 12 steps on {device}: out \S+, state \S+ from one prefill$", out
     )
@@ -48,7 +49,7 @@ def test_torch(device):
 @needs("transformers")
 @pytest.mark.parametrize("device", DEVICES)
 def test_transformers(device):
-    out = run("kimi_linear.py", "--device", device, "--prompt", "70", "--tokens", "8")
+    out = run("examples/kimi_linear.py", "--device", device, "--prompt", "70", "--tokens", "8")
     for name in ("transformers", "flash_kda"):
         assert re.search(rf"^{name} +prefill +\S+ ms +decode +\S+ ms a token$", out, re.M)
     same = re.search(r"^(\d+) of 8 generated tokens are the same$", out, re.M)
@@ -57,7 +58,7 @@ def test_transformers(device):
 
 @needs("fla")
 def test_fla_on_the_cpu():
-    out = run("fla_model.py")
+    out = run("examples/fla_model.py")
     assert re.search(r"^chunk_kda of 64 tokens and fused_recurrent_kda of 32", out)
 
 
@@ -67,6 +68,31 @@ def test_fla_model_on_a_gpu(device):
     """FLA tunes its kernels first."""
     if importlib.util.find_spec("fla.models") is None:
         pytest.skip("flash-linear-attention is not installed, only fla-core")
-    out = run("fla_model.py", "--device", device, "--prompt", "256", timeout=600)
+    out = run("examples/fla_model.py", "--device", device, "--prompt", "256", timeout=600)
     difference = float(re.search(r"^logits of the first token differ by (\S+)$", out, re.M)[1])
     assert difference < 2e-2
+
+
+@needs("transformers")
+def test_integrations_benchmark(tmp_path):
+    """On the CPU, with sizes of no interest: every row is made, and by whom it says."""
+    path = tmp_path / "record.json"
+    options = ("--device", "cpu", "--tiny", "--seconds", "0.001", "-o", path)
+    run("bench/integrations.py", *options, "--models", "kimi_linear")
+    record = json.loads(path.read_text())
+    rows = {row["name"].removeprefix("kimi_linear_"): row for row in record["rows"]}
+    assert record["device"] == "cpu" and record["versions"]["transformers"]
+    for name, calls in {
+        "prefill_T40": {"prefill": 2, "decode": 0},
+        "layer_prefill_T40": {"prefill": 1, "decode": 0},
+        "decode_N3": {"prefill": 0, "decode": 2},
+        "layer_decode_N1": {"prefill": 0, "decode": 1},
+    }.items():
+        row = rows[name]
+        assert row["calls"] == calls
+        assert row["ms"] > 0 and row["peers_ms"]["transformers"] > 0
+    assert 0 < rows["error"]["error"] < 0.1
+    run(
+        "bench/integrations.py", *options, "--models", "fla"
+    )  # adds nothing here, and keeps the rows
+    assert len(json.loads(path.read_text())["rows"]) == len(rows)

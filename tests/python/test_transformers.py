@@ -81,7 +81,7 @@ def stock():
     integration.disable()
     with pytest.MonkeyPatch.context() as patch:
         for module, name in itertools.product(MODULES.values(), FUNCTIONS):
-            patch.setattr(module, name, integration._reference(getattr(module, name)))
+            patch.setattr(module, name, integration.reference(getattr(module, name)))
         yield
 
 

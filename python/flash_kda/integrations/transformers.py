@@ -173,7 +173,7 @@ def _declines(q: Tensor, v: Tensor, g, beta: Tensor, initial_state: Tensor | Non
     )
 
 
-def _reference(stock):
+def reference(stock):
     """transformers' PyTorch function beneath its wrappers; None if there is none."""
     if isinstance(stock, torch.nn.Module):  # what the package `kernels` makes of a function
         stock = inspect.getclosurevars(type(stock).forward).nonlocals.get("func")
@@ -182,15 +182,15 @@ def _reference(stock):
 
 def _stock(stock, packed: bool, q: Tensor):
     """What runs instead of ours: `stock`, or on the CPU the PyTorch function that it wraps."""
-    reference = _reference(stock) if q.device.type == "cpu" else None
-    if reference is None:
+    pytorch = reference(stock) if q.device.type == "cpu" else None
+    if pytorch is None:
         return stock
     if packed:
         raise ValueError(
             "cu_seqlens: transformers' PyTorch functions cannot keep packed sequences apart; "
             "flash_kda can, but computes no gradients"
         )
-    return reference
+    return pytorch
 
 
 # ---- the gate ---------------------------------------------------------------------------------------
