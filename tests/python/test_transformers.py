@@ -9,6 +9,7 @@ kernels do not run without a GPU).
 import contextlib
 import copy
 import importlib
+import importlib.util
 import itertools
 import textwrap
 
@@ -689,3 +690,42 @@ def test_with_and_without_fla(first, fla, tmp_path, run_python):
         assert "active drivers" in expected
     else:
         assert got == expected
+
+
+THROUGH_FLA = """
+import torch
+torch.set_num_threads(1)
+import flash_kda.integrations.fla
+flash_kda.integrations.fla.register()
+from flash_kda import ops
+count = {{}}
+for name in {names!r}:
+    def counting(*a, name=name, run=getattr(ops, name), **b):
+        count[name] = count.get(name, 0) + 1
+        return run(*a, **b)
+    setattr(ops, name, counting)
+from transformers import KimiLinearConfig, KimiLinearForCausalLM
+config = KimiLinearConfig(**{sizes!r})
+torch.manual_seed(0)
+model = KimiLinearForCausalLM(config).eval()
+ids = torch.arange(2, 12)[None]
+run = lambda: model.generate(ids, max_new_tokens=8, do_sample=False)[0, 10:].tolist()
+tokens = run()
+before = dict(count)
+import flash_kda.integrations.transformers
+flash_kda.integrations.transformers.enable()
+print(before, tokens, run(), sep=";")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla is not installed")
+def test_through_flas_functions(run_python):
+    """What transformers offers by itself: it takes FLA's functions, and these are ours after register()."""
+    sizes = {**SIZES, "qk_rope_head_dim": 16, "mlp_layer_types": ["dense"] * (KDA_LAYERS + 1)}
+    sizes["layer_types"] = ["linear_attention"] * KDA_LAYERS + ["full_attention"]
+    names = [n for n in ("prefill", "decode", "recurrent") if hasattr(ops, n)]
+    out = run_python(THROUGH_FLA.format(sizes=sizes, names=names))
+    count, through_fla, direct = out.splitlines()[-1].split(";")
+    print(f"through FLA's functions: {count}, {through_fla}; enable(): {direct}")
+    assert sum(eval(count).values()) == KDA_LAYERS * 8
+    assert through_fla == direct
