@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "cpu/kernels.h"
+#include "cpu/pipeline.h"
 #include "cpu/pool.h"
 #include "run/backend.h"
 
@@ -66,15 +67,17 @@ static bool supports(const fkda_backend *self, const fkda_problem *p, char *reas
 
 /* ---- planning --------------------------------------------------------------------------------------- */
 
-/* Into how many parts of V should a head be cut, so that `heads` of them keep `threads` busy longest?
- * The factors (8), (9) are made again for each part: about a quarter of a whole head's time. */
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Decode: into how many parts of V should a head be cut, so that `heads` of them keep `threads` busy
+ * longest? Each part loads and activates the tokens again, about a tenth of a whole head's time. */
 static int32_t choose_split(int64_t heads, int64_t panels, int32_t threads) {
   int32_t best = 1;
   double best_time = 0;
   for (int32_t split = 1; split <= panels; ++split) {
     if (panels % split) continue;
-    const int64_t rounds = (heads * split + threads - 1) / threads;
-    const double time = (double)rounds * (0.25 + 0.75 / split);
+    const int64_t rounds = ceil_div(heads * split, threads);
+    const double time = (double)rounds * (0.1 + 0.9 / split);
     if (split == 1 || time < 0.97 * best_time) {
       best = split;
       best_time = time;
@@ -84,11 +87,19 @@ static int32_t choose_split(int64_t heads, int64_t panels, int32_t threads) {
   return best;
 }
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* Prefill by pipeline: into how many parts, so that there are enough for all threads but those that make the
+ * factors, a quarter of the work? More parts than panels only where these do not suffice. */
+static int32_t pipeline_split(const fkda_cpu_kernels *kernels, int64_t V, int64_t streams,
+                              int32_t threads) {
+  const int64_t wanted = ceil_div(3 * (int64_t)threads, 4 * streams);
+  const int64_t panels = ceil_div(V, kernels->panel), each = panels / (wanted > 2 ? wanted : 2);
+  return (int32_t)(each ? ceil_div(panels, each) : ceil_div(V, kernels->lanes));
+}
 
-/* Value columns of one part; a multiple of the panel. */
-static int64_t part_columns(int64_t V, int32_t panel, int32_t split) {
-  return ceil_div(ceil_div(V, panel), split) * panel;
+/* Value columns of each of `split` parts: a multiple of the panel, or narrower than one. */
+static int64_t part_columns(const fkda_cpu_kernels *kernels, int64_t V, int32_t split) {
+  const int64_t panels = ceil_div(V, kernels->panel);
+  return split <= panels ? ceil_div(panels, split) * kernels->panel : kernels->lanes;
 }
 
 typedef struct sequence_order {
@@ -97,8 +108,9 @@ typedef struct sequence_order {
 
 static size_t align_up(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
-/* Workspace of a prefill: longest-first order, checkpoint rows, then one scratch a thread. Sized for
- * all threads and all of V, so that it grows with the arguments alone. */
+/* Workspace of a prefill: longest-first order, checkpoint rows, then what the threads work in. Sized for
+ * all threads, all of V and either way of sharing out the work, so that it grows with the arguments
+ * alone. */
 static size_t order_bytes(const fkda_problem *p) {
   return align_up((size_t)p->N * sizeof(sequence_order));
 }
@@ -109,97 +121,111 @@ static size_t rows_bytes(const fkda_problem *p) {
 static int64_t widest_V(const fkda_problem *p) {
   return p->op == FKDA_OP_SUMMARY && p->K > p->V ? p->K : p->V;
 }
+static size_t thread_bytes(const fkda_cpu_kernels *kernels, const fkda_problem *p) {
+  return kernels->state_size(p->K, widest_V(p)) + kernels->scratch_size(p->K, widest_V(p));
+}
 
 #define SERIAL_TOKENS 16         /* (token, head) pairs below which waking a thread costs more */
+#define PIPELINE_TOKENS 64       /* the same for sharing a head */
 #define SERIAL_BYTES (256 << 10) /* the same for decode's state traffic */
 
-static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
-  const fkda_cpu_kernels *kernels = self->kernels;
-  if (p->op == FKDA_OP_BACKWARD) {
-    fkda_cpu_backward_plan(kernels, p, plan);
-    return;
-  }
-  const int32_t threads = fkda_pool_threads();
-  const int64_t heads = p->N * p->HV, panels = ceil_div(p->V, kernels->panel);
-  bool small;
-  if (p->op == FKDA_OP_DECODE) {
-    small = heads * p->K * p->V * 8 < SERIAL_BYTES;
-    plan->chunk = 1;
-    plan->workspace_size = 0;
-  } else {
-    small = p->B * p->T * p->HV < SERIAL_TOKENS;
-    plan->chunk = FKDA_CPU_CHUNK;
-    plan->workspace_size = order_bytes(p) + rows_bytes(p) +
-                           (size_t)threads * kernels->prefill_scratch(p->K, widest_V(p));
-  }
-  plan->value_split = small ? 1 : choose_split(heads, panels, threads);
-  plan->tasks = heads * plan->value_split * (p->op == FKDA_OP_SUMMARY ? 2 : 1);
+static void plan_decode(const fkda_cpu_kernels *kernels, const fkda_problem *p, int32_t threads,
+                        fkda_plan_t *plan) {
+  const int64_t heads = p->N * p->HV;
+  const bool small = heads * p->K * p->V * 8 < SERIAL_BYTES;
+  plan->chunk = 1;
+  plan->workspace_size = 0;
+  plan->value_split = small ? 1 : choose_split(heads, ceil_div(p->V, kernels->panel), threads);
+  plan->tasks = heads * plan->value_split;
   plan->threads = small || plan->tasks < 1 ? 1
                   : plan->tasks < threads  ? (int32_t)plan->tasks
                                            : threads;
 }
 
-/* ---- running ---------------------------------------------------------------------------------------- */
+/* Heads are shared (value_split > 1) where whole ones would leave a tenth of the threads' time idle. */
+static void plan_prefill(const fkda_cpu_kernels *kernels, const fkda_problem *p, int32_t threads,
+                         fkda_plan_t *plan) {
+  const int64_t streams = p->N * p->HV * (p->op == FKDA_OP_SUMMARY ? 2 : 1);
+  const int64_t tokens = p->B * p->T * p->HV, rounds = ceil_div(streams, threads);
+  plan->chunk = FKDA_CPU_CHUNK;
+  plan->workspace_size = order_bytes(p) + rows_bytes(p);
+  plan->workspace_size += threads == 1 ? thread_bytes(kernels, p)
+                                       : fkda_pipeline_memory(kernels, p->K, widest_V(p), threads);
+  plan->value_split = 1;
+  if (streams > 0 && tokens >= PIPELINE_TOKENS && 10 * streams < 9 * rounds * threads)
+    plan->value_split = pipeline_split(kernels, p->V, streams, threads);
+  plan->tasks = streams * plan->value_split;
+  /* For each three parts a thread that makes their factors. */
+  const int64_t useful = plan->value_split > 1 ? ceil_div(4 * plan->tasks, 3) : streams;
+  plan->threads = tokens < SERIAL_TOKENS || useful < 1 ? 1
+                  : useful < threads                   ? (int32_t)useful
+                                                       : threads;
+}
 
-/* One pass over all sequences and heads. */
-typedef struct pass {
-  const fkda_problem *problem;
-  bool identity;
-  int64_t columns; /* value columns of a part */
-  int64_t tasks;
-} pass;
+static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
+  const int32_t threads = fkda_pool_threads();
+  if (p->op == FKDA_OP_BACKWARD)
+    fkda_cpu_backward_plan(self->kernels, p, plan);
+  else if (p->op == FKDA_OP_DECODE)
+    plan_decode(self->kernels, p, threads, plan);
+  else
+    plan_prefill(self->kernels, p, threads, plan);
+}
+
+/* ---- running ---------------------------------------------------------------------------------------- */
 
 typedef struct run {
   const fkda_cpu_kernels *kernels;
-  pass passes[2]; /* the second: summary's M */
-  int32_t split;
-  int64_t batch;                  /* tasks claimed at a time */
+  const fkda_problem *passes[2];  /* over all sequences and heads; the second: summary's M */
+  int64_t streams;                /* sequences and heads of both */
+  int32_t split;                  /* decode: parts of V */
+  int64_t columns;                /* and value columns of each */
   const sequence_order *order;    /* NULL: sequence numbers as they come */
   const int64_t *checkpoint_rows; /* NULL: none by interval */
-  char *scratch;
-  size_t scratch_size;
+  char *memory;                   /* a state and a scratch for each thread; decode: NULL */
+  size_t state_size, thread_size;
+  int64_t batch; /* tasks claimed at a time */
+  int64_t tasks;
   atomic_int_least64_t next;
 } run;
 
-static void do_task(const run *r, int64_t task, void *scratch) {
-  const pass *at = &r->passes[0];
-  if (task >= at->tasks) {
-    task -= at->tasks;
-    ++at;
+/* The job of one sequence and head, all of V; false if the sequence is skipped. */
+static bool stream_at(const void *context, int64_t index, fkda_cpu_job *job) {
+  const run *r = context;
+  const int64_t per_pass = r->passes[0]->N * r->passes[0]->HV;
+  const fkda_problem *p = r->passes[index / per_pass];
+  const int64_t head = index % p->HV, position = index % per_pass / p->HV;
+  *job = (fkda_cpu_job){.problem = p,
+                        .n = r->order ? r->order[position].n : position,
+                        .head = head,
+                        .v_end = p->V,
+                        .identity = index >= per_pass};
+  if (r->checkpoint_rows) job->checkpoint_row = r->checkpoint_rows[job->n];
+  return p->op == FKDA_OP_DECODE || (fkda_index_of(&p->initial_indices, job->n, 0) >= 0 &&
+                                     fkda_index_of(&p->final_indices, job->n, 0) >= 0);
+}
+
+static void do_task(const run *r, int64_t task, char *memory) {
+  fkda_cpu_job job;
+  if (!stream_at(r, task / r->split, &job)) return;
+  if (job.problem->op != FKDA_OP_DECODE) {
+    r->kernels->prefill(&job, memory, memory + r->state_size);
+    return;
   }
-  const fkda_problem *p = at->problem;
-  const int64_t part = task % r->split, head = task / r->split % p->HV,
-                position = task / r->split / p->HV;
-  fkda_cpu_job job = {.problem = p,
-                      .n = r->order ? r->order[position].n : position,
-                      .head = head,
-                      .v_begin = part * at->columns,
-                      .v_end = (part + 1) * at->columns,
-                      .identity = at->identity};
-  if (job.v_end > p->V) job.v_end = p->V;
-  if (job.v_begin >= job.v_end) return;
-  if (r->checkpoint_rows) job.checkpoint_row = r->checkpoint_rows[job.n];
-  if (p->op == FKDA_OP_DECODE)
-    r->kernels->decode(&job);
-  else
-    r->kernels->prefill(&job, scratch);
+  job.v_begin = task % r->split * r->columns;
+  if (job.v_begin + r->columns < job.v_end) job.v_end = job.v_begin + r->columns;
+  if (job.v_begin < job.v_end) r->kernels->decode(&job);
 }
 
 static void worker(void *arg, int32_t index) {
   run *r = arg;
-  void *scratch = r->scratch ? r->scratch + (size_t)index * r->scratch_size : NULL;
-  const int64_t total = r->passes[0].tasks + r->passes[1].tasks;
+  char *memory = r->memory ? r->memory + (size_t)index * r->thread_size : NULL;
   for (;;) {
     const int64_t first = atomic_fetch_add_explicit(&r->next, r->batch, memory_order_relaxed);
-    if (first >= total) return;
-    const int64_t last = first + r->batch < total ? first + r->batch : total;
-    for (int64_t task = first; task < last; ++task) do_task(r, task, scratch);
+    if (first >= r->tasks) return;
+    const int64_t last = first + r->batch < r->tasks ? first + r->batch : r->tasks;
+    for (int64_t task = first; task < last; ++task) do_task(r, task, memory);
   }
-}
-
-static void add_pass(run *r, int index, const fkda_problem *p, bool identity) {
-  r->passes[index] =
-      (pass){p, identity, part_columns(p->V, r->kernels->panel, r->split), p->N * p->HV * r->split};
 }
 
 static int longer_first(const void *left, const void *right) {
@@ -210,9 +236,13 @@ static int longer_first(const void *left, const void *right) {
 
 static fkda_status launch_decode(const fkda_backend *self, const fkda_problem *p,
                                  const fkda_plan_t *plan) {
-  run r = {.kernels = self->kernels, .split = plan->value_split};
-  add_pass(&r, 0, p, false);
-  r.batch = r.passes[0].tasks / (8 * (int64_t)plan->threads) + 1;
+  const fkda_cpu_kernels *kernels = self->kernels;
+  run r = {.kernels = kernels,
+           .passes = {p},
+           .split = plan->value_split,
+           .columns = part_columns(kernels, p->V, plan->value_split),
+           .tasks = plan->tasks,
+           .batch = plan->tasks / (8 * (int64_t)plan->threads) + 1};
   fkda_pool_run(plan->threads, worker, &r);
   return FKDA_OK;
 }
@@ -230,7 +260,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
       return fkda_fail(FKDA_ERROR_OUT_OF_MEMORY,
                        "workspace: %zu bytes of host memory not available", plan->workspace_size);
   }
-  run r = {.kernels = self->kernels, .split = plan->value_split, .batch = 1};
+  const fkda_cpu_kernels *kernels = self->kernels;
+  run r = {.kernels = kernels, .split = 1, .batch = 1};
   if (p->N > 1) {
     sequence_order *order = (sequence_order *)(void *)workspace;
     for (int64_t n = 0; n < p->N; ++n) order[n] = (sequence_order){fkda_span_of(p, n).length, n};
@@ -245,10 +276,11 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
     }
     r.checkpoint_rows = rows;
   }
-  r.scratch = workspace + order_bytes(p) + rows_bytes(p);
-  r.scratch_size = r.kernels->prefill_scratch(p->K, widest_V(p));
+  r.memory = workspace + order_bytes(p) + rows_bytes(p);
 
   fkda_problem of_b = *p, of_M = *p;
+  r.passes[0] = p;
+  r.streams = p->N * p->HV;
   if (p->op == FKDA_OP_SUMMARY) {
     /* b: from zero, with v. M: from the identity, with v = 0; as many value rows as channels. */
     of_b.final = p->summary_b;
@@ -256,12 +288,27 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
     of_M.v = (fkda_rows){0};
     of_M.V = p->K;
     of_M.layout = FKDA_STATE_VK;
-    add_pass(&r, 0, &of_b, false);
-    add_pass(&r, 1, &of_M, true);
-  } else {
-    add_pass(&r, 0, p, false);
+    r.passes[0] = &of_b;
+    r.passes[1] = &of_M;
+    r.streams *= 2;
   }
-  fkda_pool_run(plan->threads, worker, &r);
+  if (plan->value_split > 1) {
+    fkda_pipeline_run(
+        &(fkda_pipeline_args){.kernels = kernels,
+                              .K = p->K,
+                              .V = widest_V(p),
+                              .streams = r.streams,
+                              .stream_at = stream_at,
+                              .context = &r,
+                              .columns = part_columns(kernels, p->V, plan->value_split),
+                              .threads = plan->threads,
+                              .memory = r.memory});
+  } else {
+    r.tasks = r.streams;
+    r.state_size = kernels->state_size(p->K, widest_V(p));
+    r.thread_size = thread_bytes(kernels, p);
+    fkda_pool_run(plan->threads, worker, &r);
+  }
   free(heap);
   return FKDA_OK;
 }

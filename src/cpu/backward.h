@@ -57,7 +57,7 @@ static int64_t segment_of(int64_t chunks) {
 /* Sizing and placing are one walk: base NULL gives the size. `length` bounds every sequence. */
 static size_t place_backward(backward_buffers *x, char *base, const fkda_problem *p,
                              int64_t length) {
-  size_t offset = place_buffers(&x->b, base, p->K, p->V);
+  size_t offset = place_buffers(&x->b, base, p->K, p->V, round_up(p->V, PANEL));
   const int64_t Kp = x->b.Kp, Vp = x->b.Vp, chunks = chunks_of(length);
   x->size = Kp * Vp;
   x->segment = segment_of(chunks);
@@ -69,6 +69,7 @@ static size_t place_backward(backward_buffers *x, char *base, const fkda_problem
   PLACE(states, x->segment * x->size);
   PLACE(marks, chunks > x->segment ? (chunks / x->segment + 1) * x->size : 0);
   PLACE(d_state, x->size);
+  PLACE(b.state, x->size);
   PLACE(k, CHUNK * Kp);
   PLACE(q, CHUNK * Kp);
   PLACE(from_start, CHUNK * Kp);
@@ -160,24 +161,24 @@ static void keep_decays(backward_buffers *x, bool anchored) {
   const chunk_buffers *b = &x->b;
   const int64_t Kp = b->Kp;
   for (int64_t k = 0; k < Kp; k += LANES) {
-    const vec m = v_load(b->gates + (CHUNK / 2 - 1) * Kp + k);
-    const vec start = v_exp(m), end = v_exp(v_sub(v_load(b->gates + (CHUNK - 1) * Kp + k), m));
+    const vec m = v_load(b->own.k_bar + (CHUNK / 2 - 1) * Kp + k);
+    const vec start = v_exp(m), end = v_exp(v_sub(v_load(b->own.k_bar + (CHUNK - 1) * Kp + k), m));
     vec left = v_set(0); /* G_C - G_i */
     for (int64_t c = CHUNK - 1; c >= 0; --c) {
       const int64_t at = c * Kp + k;
       v_store(x->k + at, v_mul(v_load(b->anchored + at), v_set(b->norm_k[c])));
       v_store(x->q + at, v_mul(v_load(b->anchored + CHUNK * Kp + at), v_set(b->norm_q[c])));
       if (anchored) {
-        const vec decay = v_exp_in_range(v_sub(v_load(b->gates + at), m));
+        const vec decay = v_exp_in_range(v_sub(v_load(b->own.k_bar + at), m));
         const vec inverse = v_reciprocal(decay);
         v_store(x->after + at, decay);
         v_store(x->before + at, inverse);
         v_store(x->from_start + at, v_mul(decay, start));
         v_store(x->to_end + at, v_mul(inverse, end));
       } else {
-        const vec g = v_load(b->decayed + at);
+        const vec g = v_load(b->own.decayed + at);
         v_store(x->after + at, g);
-        v_store(x->from_start + at, v_exp(v_load(b->gates + at)));
+        v_store(x->from_start + at, v_exp(v_load(b->own.k_bar + at)));
         v_store(x->to_end + at, v_exp(left));
         left = v_add(left, g);
       }
@@ -189,14 +190,16 @@ static void keep_decays(backward_buffers *x, bool anchored) {
 static bool make_factors(backward_buffers *x, const fkda_cpu_job *job, const fkda_span *span,
                          int64_t t, int64_t tokens, bool keep) {
   chunk_buffers *b = &x->b;
-  load_chunk(b, job, span, t, tokens);
-  const bool anchored = accumulate_gates(b, job->problem, tokens);
+  chunk_factors *f = &b->own;
+  load_chunk(b, f, job, span, t, tokens);
+  load_values(b, job, span, t, tokens);
+  const bool anchored = accumulate_gates(b, f, job->problem, tokens);
   if (keep) keep_decays(x, anchored);
   if (anchored) {
-    decay_factors_anchored(b);
-    triangles_anchored(b);
+    decay_factors_anchored(b, f);
+    triangles_anchored(b, f);
   } else {
-    factors_pairwise(b);
+    factors_pairwise(b, f);
   }
   return anchored;
 }
@@ -210,18 +213,19 @@ INLINE void substitute_differences(const backward_buffers *x, const float *value
     e[i] = v_sub(v_load(values + i * b->Vp), v_load(b->X + i * PANEL + column));
 #pragma GCC unroll 16
   for (int j = 0; j < CHUNK; ++j) {
-    const vec u = v_mul(v_set(b->beta[j]), e[j]);
+    const vec u = v_mul(v_set(b->own.beta[j]), e[j]);
     v_store(x->E + j * PANEL + column, e[j]);
     v_store(x->U + j * PANEL + column, u);
 #pragma GCC unroll 16
-    for (int i = j + 1; i < CHUNK; ++i) e[i] = v_fnma(v_set(b->triangles[i * CHUNK + j]), u, e[i]);
+    for (int i = j + 1; i < CHUNK; ++i)
+      e[i] = v_fnma(v_set(b->own.triangles[i * CHUNK + j]), u, e[i]);
   }
 }
 
 /* X = K~ S^T of one panel, then E and U. */
 static void differences(const backward_buffers *x, const float *panel, int64_t v) {
   const chunk_buffers *b = &x->b;
-  product(b->X, PANEL, false, CHUNK, PANEL, b->decayed, b->Kp, 1, panel, PANEL, b->Kp);
+  product(b->X, PANEL, false, CHUNK, PANEL, b->own.decayed, b->Kp, 1, panel, PANEL, b->Kp);
   for (int64_t column = 0; column < PANEL; column += LANES)
     substitute_differences(x, b->values + v + column, column);
 }
@@ -249,13 +253,14 @@ static void step_chunk(backward_buffers *x, const fkda_cpu_job *without_q, const
   const int64_t t = c * CHUNK, left = span->length - t;
   if (load_kept(x, without_q, t + CHUNK, to)) return;
   make_factors(x, without_q, span, t, left < CHUNK ? left : CHUNK, false);
-  scale_triangle(b);
+  scale_triangle(&x->b.own);
   for (int64_t v = 0; v < b->Vp; v += PANEL) {
     const int64_t at = v * b->Kp;
-    read_state(b, from + at, CHUNK);
+    read_state(b, &b->own, from + at, TILE_VECTORS, CHUNK);
     for (int64_t column = 0; column < PANEL; column += LANES)
-      substitute(b, b->values + v + column, column, false);
-    carry_panel(to + at, from + at, b->total_decay, b->Kp, b->gates, b->U, CHUNK); /* (12) */
+      substitute(b, &b->own, b->values + v + column, column, PANEL, false);
+    carry_panel(to + at, from + at, b->own.total_decay, b->Kp, b->own.k_bar, b->U,
+                CHUNK); /* (12) */
   }
 }
 
@@ -266,7 +271,7 @@ static void step_chunk(backward_buffers *x, const fkda_cpu_job *without_q, const
 INLINE void substitute_back(const backward_buffers *x, float *values, const float *d_out,
                             int64_t column) {
   const chunk_buffers *b = &x->b;
-  const float *M = b->triangles, *P = b->triangles + CHUNK * CHUNK;
+  const float *M = b->own.triangles, *P = b->own.triangles + CHUNK * CHUNK;
   vec du[CHUNK];
 #pragma GCC unroll 16
   for (int j = 0; j < CHUNK; ++j) du[j] = v_load(b->X + j * PANEL + column);
@@ -279,7 +284,7 @@ INLINE void substitute_back(const backward_buffers *x, float *values, const floa
   }
 #pragma GCC unroll 16
   for (int j = CHUNK - 1; j >= 0; --j) {
-    const vec dv = v_mul(v_set(b->beta[j]), du[j]);
+    const vec dv = v_mul(v_set(b->own.beta[j]), du[j]);
     float *d_beta = x->d_beta + j * LANES;
     v_store(d_beta, v_fma(du[j], v_load(x->E + j * PANEL + column), v_load(d_beta)));
     v_store(values + j * b->Vp, dv);
@@ -301,7 +306,7 @@ static void panel_back(const backward_buffers *x, const wanted *w, const float *
   const chunk_buffers *b = &x->b;
   const int64_t Kp = b->Kp;
   if (w->states) differences(x, S, v);
-  product(b->X, PANEL, false, CHUNK, PANEL, b->gates, Kp, 1, dS, PANEL, Kp);
+  product(b->X, PANEL, false, CHUNK, PANEL, b->own.k_bar, Kp, 1, dS, PANEL, Kp);
   for (int64_t column = 0; column < PANEL; column += LANES)
     substitute_back(x, b->values + v + column, x->d_out + v + column, column);
   if (w->keys) {
@@ -320,7 +325,7 @@ static void panel_back(const backward_buffers *x, const wanted *w, const float *
         sum = v_fma(v_load(S + k * PANEL + n), v_load(dS + k * PANEL + n), sum);
       v_store(x->overlap + k * LANES, sum);
     }
-  carry_panel(dS, dS, b->total_decay, Kp, b->decayed, x->R, 2 * CHUNK); /* (26) */
+  carry_panel(dS, dS, b->own.total_decay, Kp, b->own.decayed, x->R, 2 * CHUNK); /* (26) */
 }
 
 /* ---- one chunk: channels ------------------------------------------------------------------------------ */
@@ -354,7 +359,7 @@ INLINE void channels_back_as(const backward_buffers *x, int64_t k, bool anchored
   load_transposed(XE, x->X_t + k * TRANSPOSED + 2 * CHUNK);
 
   /* to the chunk's end from every token, and from its start: all tokens' decays lie between */
-  vec sum = v_mul(v_load(b->total_decay + k), row_sums(x->overlap + k * LANES));
+  vec sum = v_mul(v_load(b->own.total_decay + k), row_sums(x->overlap + k * LANES));
   for (int i = CHUNK - 1; i >= 0; --i) {
     const int64_t at = i * Kp + k;
     const vec kn = v_load(x->k + at), start = v_load(x->from_start + at);
@@ -536,10 +541,7 @@ static void chunk_back(backward_buffers *x, const fkda_cpu_job *job, const fkda_
   const fkda_problem *p = job->problem;
   const chunk_buffers *b = &x->b;
   const bool anchored = make_factors(x, job, span, t, tokens, w->keys);
-  for (int64_t c = 0; c < tokens && p->d_out.data; ++c)
-    load_row(x->d_out + c * b->Vp, p->d_out.data, p->d_out.dtype,
-             row_offset(&p->d_out, span, t + c, job->head), b->V, b->Vp);
-  zero_rows(x->d_out, p->d_out.data ? tokens : 0, b->Vp);
+  load_rows(x->d_out, b->Vp, &p->d_out, span, t, job->head, 0, tokens, b->V);
   clear(x->d_beta, CHUNK * LANES);
   if (w->keys) {
     clear(x->triangles, 2 * CHUNK * CHUNK);
@@ -549,10 +551,7 @@ static void chunk_back(backward_buffers *x, const fkda_cpu_job *job, const fkda_
   for (int64_t v = 0; v < b->Vp; v += PANEL)
     panel_back(x, w, S + v * b->Kp, x->d_state + v * b->Kp, v);
 
-  if (p->d_v.data)
-    for (int64_t c = 0; c < tokens; ++c)
-      store_row(p->d_v.data, p->d_v.dtype, row_offset(&p->d_v, span, t + c, job->head),
-                b->values + c * b->Vp, b->V);
+  if (p->d_v.data) store_rows(&p->d_v, span, t, job->head, 0, b->values, b->Vp, tokens, b->V);
   if (p->d_beta.data) beta_back(x, job, span, t, tokens);
   if (!w->keys) return;
   channels_back(x, anchored);
@@ -570,10 +569,7 @@ static void chunk_back(backward_buffers *x, const fkda_cpu_job *job, const fkda_
   store_grouped(&p->d_k, job, span, t, tokens, x->d_k, x->sum_k, b->Kp);
   if (!w->gates) return;
   gates_back(x, job, span, t, tokens, d_gate);
-  if (p->d_g.data)
-    for (int64_t c = 0; c < tokens; ++c)
-      store_row(p->d_g.data, p->d_g.dtype, row_offset(&p->d_g, span, t + c, job->head),
-                x->d_g + c * b->Kp, b->K);
+  if (p->d_g.data) store_rows(&p->d_g, span, t, job->head, 0, x->d_g, b->Kp, tokens, b->K);
 }
 
 /* ---- one sequence and value head ---------------------------------------------------------------------- */

@@ -34,11 +34,35 @@ typedef struct fkda_cpu_job {
   bool identity;          /* initial state I instead of problem->initial (summary's M) */
 } fkda_cpu_job;
 
+/* Factors of consecutive chunks of one sequence and head: those of chunk c lie in slot c % count. */
+typedef struct fkda_cpu_ring {
+  char *slots;
+  size_t slot_size; /* factors_size() */
+  int64_t count;
+} fkda_cpu_ring;
+
 typedef struct fkda_cpu_kernels {
   const char *isa;
-  int32_t panel; /* value columns worked on together; parts of V start at multiples of it */
-  size_t (*prefill_scratch)(int64_t K, int64_t V); /* bytes, a multiple of 64 */
-  void (*prefill)(const fkda_cpu_job *job, void *scratch);
+  /* Parts of V start at multiples of `panel`, the value columns that are worked on together; or they are
+   * all `lanes` wide. */
+  int32_t panel, lanes;
+
+  /* Bytes of a head's state, of a chunk's factors, and of a thread's own memory. */
+  size_t (*state_size)(int64_t K, int64_t V);
+  size_t (*factors_size)(int64_t K);
+  size_t (*scratch_size)(int64_t K, int64_t V);
+
+  /* A whole job, serially. */
+  void (*prefill)(const fkda_cpu_job *job, void *state, void *scratch);
+  /* The same in pieces: the factors of chunks first..last-1, in any order and whatever columns the job
+   * has; then these chunks' values, in order. `state` is of the whole head, of which the job has its
+   * columns' part. The call with first = 0 begins the sequence, the one with its last chunk ends it; an
+   * empty sequence has one call, with 0 and 0. *next_checkpoint passes from call to call. */
+  void (*make_factors)(const fkda_cpu_job *job, const fkda_cpu_ring *ring, int64_t first,
+                       int64_t last, void *scratch);
+  void (*apply)(const fkda_cpu_job *job, const fkda_cpu_ring *ring, int64_t first, int64_t last,
+                void *state, int64_t *next_checkpoint, void *scratch);
+
   void (*decode)(const fkda_cpu_job *job);
   /* All of V; job->head is a head of q and k. d_gate [HV][1 + K]: the sequence's parts of d_A_log and d_dt_bias
    * are added. */

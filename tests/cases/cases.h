@@ -107,17 +107,17 @@ typedef enum fkda_marks {
   FKDA_MARKS_ONE,    /* [N], one a sequence, some -1 */
 } fkda_marks;
 
-/* What else must hold; bits of fkda_case.claims. */
+/* What else must hold; bits of fkda_case.claims. On the CPU any number of threads must give the same bits in
+ * every case. */
 enum {
   FKDA_CLAIM_TWICE = 1, /* the same call again: the same bits */
   FKDA_CLAIM_SPLIT = 2, /* two calls split at multiples of the plan's chunk: the same bits */
   FKDA_CLAIM_ALONE = 4, /* each sequence by itself: the same bits */
   FKDA_CLAIM_FUTURE =
       8, /* later tokens changed: earlier chunks the same bits, the rest in tolerance */
-  FKDA_CLAIM_PREFIX = 16, /* a checkpoint = the final state of the prefix, bits */
-  FKDA_CLAIM_THREADS =
-      32,               /* several host threads, and pools of 1, 2 and 3 threads: the same bits */
-  FKDA_CLAIM_FORK = 64, /* in a forked child: the same bits */
+  FKDA_CLAIM_PREFIX = 16,  /* a checkpoint = the final state of the prefix, bits */
+  FKDA_CLAIM_THREADS = 32, /* several host threads at once: the same bits */
+  FKDA_CLAIM_FORK = 64,    /* in a forked child: the same bits */
   FKDA_CLAIM_AFFINE = 128, /* summary: S_in M + b = the prefill's final state */
   FKDA_CLAIM_STEPS = 256,  /* decode: T calls of one token, the pool in fp32: the same bits */
   /* Decode, a state stored after every token: without write_state the same outputs and no state; and
