@@ -84,9 +84,10 @@ struct alignas(16) Task {
   int32_t length, chunks;         /* tokens; chunks of 16 of them */
   int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
   const bf16 *q, *k;              /* row of token 0 */
-  const char *g;
+  const char *g, *beta;
   const bf16 *v; /* the block's first value column of token 0 */
   bf16 *out;
+  float scale;
   bool skip, load_initial;
 };
 
@@ -100,7 +101,7 @@ struct Group {
   bf16 k[TILE<K>];
   bf16 k_inverse[TILE<K>]; /* K^ */
   float A[CHUNK][A_PITCH];
-  float squares[2][2][GROUP_WARPS][CHUNK]; /* [parity][k, q]: each warp's part of |k|^2, |q|^2 */
+  float squares[2][CHUNK][GROUP_WARPS]; /* [k, q]: each warp's part of |k|^2, |q|^2 */
 };
 
 template <int K, int VP>
@@ -237,18 +238,14 @@ __device__ __forceinline__ void wait(Mbarrier &barrier, int turn) {
   __syncwarp();
 }
 
-/* The lane, opaque: what is computed from it is made anew where it is needed. The compiler otherwise moves
+/* A number, opaque: what is computed from it is made anew where it is needed. The compiler otherwise moves
  * every address out of the chunk loop and spills them. */
-__device__ __forceinline__ int fresh_warp() {
-  int warp = threadIdx.x / 32;
-  asm volatile("" : "+r"(warp));
-  return warp;
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
-__device__ __forceinline__ int fresh_lane() {
-  int lane = threadIdx.x & 31;
-  asm volatile("" : "+r"(lane));
-  return lane;
-}
+__device__ __forceinline__ int fresh_warp() { return fresh(threadIdx.x / 32); }
+__device__ __forceinline__ int fresh_lane() { return fresh(threadIdx.x & 31); }
 
 /* ---- the block's task ----------------------------------------------------------------------------- */
 
@@ -290,8 +287,11 @@ __device__ Task find_task(const fkda_portable_params &params, int VP) {
   task.k = static_cast<const bf16 *>(p.k.data) + first_row(p.k, task, task.qk_head);
   task.g = static_cast<const char *>(p.g.data) +
            first_row(p.g, task, task.head) * (p.g.dtype == FKDA_F32 ? 4 : 2);
+  task.beta = static_cast<const char *>(p.beta.data) +
+              first_row(p.beta, task, task.head) * (p.beta.dtype == FKDA_F32 ? 4 : 2);
   task.v = static_cast<const bf16 *>(p.v.data) + first_row(p.v, task, task.head) + task.v_begin;
   task.out = static_cast<bf16 *>(p.out.data) + first_row(p.out, task, task.head) + task.v_begin;
+  task.scale = (float)p.scale;
   task.load_initial =
       p.initial.data &&
       (!p.has_initial.data ||
@@ -299,30 +299,17 @@ __device__ Task find_task(const fkda_portable_params &params, int VP) {
   return task;
 }
 
-/* A warp copies 16 rows of COLUMNS columns to shared memory, rows from `tokens` on as zeros; `from` is the
- * first element, place(row, column) an element's address there. Asynchronous where `aligned`. */
+/* A warp copies 16 rows of COLUMNS columns to shared memory element by element, rows from `tokens` on as zeros;
+ * `from` is the first element, place(row, column) an element's address there. */
 template <int COLUMNS, class Element, class Place>
-__device__ __forceinline__ void copy_rows(const Element *from, int64_t stride, int tokens,
-                                          bool aligned, Place place) {
-  const int lane = fresh_lane();
-  constexpr int PIECE = 16 / sizeof(Element), PIECES = COLUMNS / PIECE, ROWS = 32 / PIECES;
-  if (aligned) {
-    const int column = lane % PIECES * PIECE;
-    int row = lane / PIECES;
-    const Element *piece = from + row * stride + column;
-#pragma unroll
-    for (int i = 0; i < CHUNK / ROWS; ++i, row += ROWS, piece += ROWS * stride) {
-      const bool valid = row < tokens; /* an address that is not valid is not read */
-      copy_piece(place(row, column), piece, valid);
-    }
-  } else {
+__device__ __forceinline__ void copy_elements(const Element *from, int64_t stride, int tokens,
+                                              Place place) {
 #pragma unroll 1
-    for (int i = lane; i < CHUNK * COLUMNS; i += 32) {
-      const int row = i / COLUMNS, column = i % COLUMNS;
-      Element x = Element(0.0f);
-      if (row < tokens) x = from[row * stride + column];
-      *place(row, column) = x;
-    }
+  for (int i = fresh_lane(); i < CHUNK * COLUMNS; i += 32) {
+    const int row = i / COLUMNS, column = i % COLUMNS;
+    Element x = Element(0.0f);
+    if (row < tokens) x = from[row * stride + column];
+    *place(row, column) = x;
   }
 }
 
@@ -348,20 +335,31 @@ struct FactorThread {
   }
 };
 
-/* Sums eight values a lane over the 16 lanes of a half warp; lane l of the half holds the sum of value
- * l >> 1 on return. */
-__device__ __forceinline__ float sum_rows(float (&x)[8], int lane) {
+/* Sums of squares of rows lane / 4 and lane / 4 + 8 over the warp's 32 channels, in the lanes of
+ * has_squares(): the diagonal of rows times rows transposed, for which the A operand of an mma is its B
+ * operand too. */
+__device__ __forceinline__ float2 sum_squares(const bf16 *rows, int warp, int lane) {
+  float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0}; /* columns 0-7, 8-15 */
+  const bf16 *from = rows + at(lane & 15, (lane >> 4) * 8) + 2 * warp * BLOCK;
 #pragma unroll
-  for (int width = 8, count = 8; count > 1; width /= 2, count /= 2) {
-    const bool upper = lane & width;
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const float send = upper ? x[i] : x[i + count / 2];
-      const float keep = upper ? x[i + count / 2] : x[i];
-      x[i] = keep + __shfl_xor_sync(0xffffffffu, send, width);
-    }
+  for (int block = 0; block < 2; ++block) {
+    uint32_t a[4];
+    load_matrices(a, from + block * BLOCK);
+    mma(upper, a, a[0], a[2]);
+    mma(lower, a, a[1], a[3]);
   }
-  return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
+  const bool odd = lane & 4; /* columns 2 (lane % 4), + 1 */
+  return make_float2(odd ? upper[1] : upper[0], odd ? lower[3] : lower[2]);
+}
+__device__ __forceinline__ bool has_squares(int lane) { return (lane & 3) == lane >> 3; }
+
+/* 1 / |row|, or 1 without the norm (1). */
+template <int K>
+__device__ __forceinline__ float norm_of(const fkda_problem &p, const float (&squares)[GROUP_WARPS]) {
+  const float4 parts = *reinterpret_cast<const float4 *>(squares);
+  const float sum = K == 128 ? (parts.x + parts.y) + (parts.z + parts.w) : parts.x + parts.y;
+  const float norm = rsqrtf(sum + (float)FKDA_L2NORM_EPS);
+  return p.l2norm ? norm : 1;
 }
 
 /* Which warp computes which part of the triangles: rows K' (A) or Q' (P), columns 8 (warp & 1) .. + 7. */
@@ -390,27 +388,13 @@ __device__ __forceinline__ int triangle_column(int i, int lane, int warp) {
   return (warp & 1) * 8 + 2 * (lane & 3) + (i & 1);
 }
 
-/* T = (I + L)^-1, L_ij = beta_i |k_i|^-1 A_ij |k_j|^-1 strictly lower, by forward substitution in f32, a column a
- * lane: x_i = delta_ic - sum_{j<i} L_ij x_j, right-looking so that the updates of later rows are independent.
- * One warp; its lanes 16..31 repeat lanes 0..15. */
+/* T = (I + L)^-1 by forward substitution in f32, a column a lane: x_i = delta_ic - sum_{j<i} L_ij x_j,
+ * right-looking so that the updates of later rows are independent. A holds -L. One warp; its lanes 16..31
+ * repeat lanes 0..15. */
 template <int K>
 __device__ __forceinline__ void invert(Group<K> &shared, int lane) {
   auto &A = shared.A;
   Factors<K> &to = shared.factors;
-  {
-    const int i = lane >> 1, j0 = (lane & 1) * 8;
-    const float factor = -to.beta[i] * to.norm_k[i];
-    float4 *row = reinterpret_cast<float4 *>(&A[i][j0]);
-    const float4 *norm = reinterpret_cast<const float4 *>(&to.norm_k[j0]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) { /* row i of -L */
-      float4 r = row[h];
-      const float4 n = norm[h];
-      r.x *= factor * n.x, r.y *= factor * n.y, r.z *= factor * n.z, r.w *= factor * n.w;
-      row[h] = r;
-    }
-  }
-  __syncwarp();
   const int c = lane & 15;
   float x[CHUNK];
 #pragma unroll
@@ -558,46 +542,26 @@ __device__ __forceinline__ void apply_gate(float (&g)[16], const Gate &gate0, co
   }
 }
 
-/* ---- the solver: one warp of a group, in turn --------------------------------------------------------
- *
- * Tried: a solver warp of its own for each group. With eight state warps 18 warps leave 96 registers a
- * thread (spills); with four, T 8192 took 0.829 ms instead of 0.835 at H 12 and 1.07 instead of 0.85 at H 64. */
-
-/* beta of token lane, (3); 0 beyond the sequence. */
-__device__ __forceinline__ float load_beta(const fkda_problem &p, const Task &task, int chunk,
-                                           int lane) {
-  const int t = chunk * CHUNK + lane;
-  if (lane >= CHUNK || t >= task.length) return 0;
-  const float beta = load_float(p.beta.data, p.beta.dtype,
-                                first_row(p.beta, task, task.head) + t * p.beta.stride_t);
-  return p.beta_is_logit ? (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta) : beta;
-}
-
-/* Norms (1) from the sums of squares, then T. */
-template <int K>
-__device__ __forceinline__ void solve(const fkda_problem &p, Group<K> &shared, int turn, int lane,
-                                      float beta) {
-  Factors<K> &to = shared.factors;
-  if (lane < CHUNK) {
-    const float scale = (float)p.scale;
-    float norm_k = 1, norm_q = scale;
-    if (p.l2norm) {
-      float k_sum = 0, q_sum = 0;
-#pragma unroll
-      for (int w = 0; w < K / 32; ++w) {
-        k_sum += shared.squares[turn & 1][0][w][lane];
-        q_sum += shared.squares[turn & 1][1][w][lane];
-      }
-      norm_k = rsqrtf(k_sum + (float)FKDA_L2NORM_EPS);
-      norm_q = scale * rsqrtf(q_sum + (float)FKDA_L2NORM_EPS);
-    }
-    to.norm_k[lane] = norm_k;
-    to.norm_q[lane] = norm_q;
-    to.beta[lane] = beta;
+/* beta of token lane & 15 (of the last one beyond the sequence) as it lies in memory: the upper and the lower
+ * 16 bits of a float, or twice the bf16. No predicate and no branch, or the loads would be waited for at once. */
+struct RawBeta {
+  uint16_t upper, lower;
+  __device__ __forceinline__ RawBeta(const fkda_problem &p, const Task &task, int chunk, int lane) {
+    const int t = chunk * CHUNK + (lane & 15), last = task.length - 1;
+    const int is_f32 = p.beta.dtype == FKDA_F32;
+    const uint16_t *from = reinterpret_cast<const uint16_t *>(task.beta) +
+                           (static_cast<int64_t>(t < last ? t : last) * p.beta.stride_t << is_f32);
+    upper = __ldg(from + is_f32);
+    lower = __ldg(from);
   }
-  __syncwarp();
-  invert<K>(shared, lane);
-}
+  /* (3); 0 beyond the sequence. */
+  __device__ __forceinline__ float beta(const fkda_problem &p, bool valid) const {
+    const float beta =
+        __uint_as_float((uint32_t)upper << 16 | (p.beta.dtype == FKDA_F32 ? lower : 0));
+    const float factor = p.allow_neg_eigval ? 2.0f : 1.0f;
+    return !valid ? 0 : p.beta_is_logit ? factor * sigmoid(beta) : beta;
+  }
+};
 
 template <int K, int VP>
 __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
@@ -617,23 +581,62 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
   }
   const Gate gate0(p, p.gate, exp_A, bias0), gate1(p, p.gate, exp_A, bias1);
 
+  /* Where the lane's first pieces of 16 bytes of the group's next chunk lie. */
+  const bf16 *q_from, *k_from;
+  const char *g_from;
+  {
+    const int64_t t = me.group * CHUNK + me.lane / 4;
+    const int column = me.warp * 32 + me.lane % 4 * 8;
+    q_from = task.q + t * p.q.stride_t + column;
+    k_from = task.k + t * p.k.stride_t + column;
+    g_from = task.g + (g_is_f32 ? 4 * ((me.group * CHUNK + me.lane / 8) * p.g.stride_t + me.warp * 32 +
+                                       me.lane % 8 * 4)
+                                : 2 * (t * p.g.stride_t + column));
+  }
+  const bool in_pieces = params.aligned_q && params.aligned_k && params.aligned_g && !g_is_f32;
   const auto load = [&](int chunk) {
     if (chunk < task.chunks && me.active()) {
-      const int column = fresh_warp() % GROUP_WARPS * 32; /* a warp has 32 */
+      const int lane = fresh_lane(), first = fresh_warp() % GROUP_WARPS * 32;
       const int t = chunk * CHUNK, left = task.length - t, tokens = left < CHUNK ? left : CHUNK;
-      copy_rows<32>(task.q + t * p.q.stride_t + column, p.q.stride_t, tokens, params.aligned_q,
-                    [&](int r, int c) { return &shared.q[at(r, column + c)]; });
-      copy_rows<32>(task.k + t * p.k.stride_t + column, p.k.stride_t, tokens, params.aligned_k,
-                    [&](int r, int c) { return &shared.k[at(r, column + c)]; });
-      if (g_is_f32)
-        copy_rows<32>(reinterpret_cast<const float *>(task.g) + t * p.g.stride_t + column,
-                      p.g.stride_t, tokens, params.aligned_g,
-                      [&](int r, int c) { return &shared.g[r * K + column + c]; });
-      else
-        copy_rows<32>(reinterpret_cast<const bf16 *>(task.g) + t * p.g.stride_t + column,
-                      p.g.stride_t, tokens, params.aligned_g, [&](int r, int c) {
-                        return reinterpret_cast<bf16 *>(shared.g) + at(r, column + c);
-                      });
+      const int row = lane / 4, column = first + lane % 4 * 8;
+      const int place0 = at(row, column), place1 = at(row + 8, column);
+      bf16 *const g_tile = reinterpret_cast<bf16 *>(shared.g);
+      const auto copy_pieces = [&](bf16 *to, const bf16 *from, int64_t stride) {
+        copy_piece(to + place0, from, row < tokens); /* what is not valid is not read */
+        copy_piece(to + place1, from + 8 * stride, row + 8 < tokens);
+      };
+      if (in_pieces) {
+        copy_pieces(shared.q, q_from, p.q.stride_t);
+        copy_pieces(shared.k, k_from, p.k.stride_t);
+        copy_pieces(g_tile, reinterpret_cast<const bf16 *>(g_from), p.g.stride_t);
+      } else {
+        const auto copy_tile = [&](bf16 *to, const bf16 *pieces, const bf16 *rows, int64_t stride,
+                                   bool aligned) {
+          if (aligned)
+            copy_pieces(to, pieces, stride);
+          else
+            copy_elements<32>(rows + t * stride + first, stride, tokens,
+                              [&](int r, int c) { return to + at(r, first + c); });
+        };
+        copy_tile(shared.q, q_from, task.q, p.q.stride_t, params.aligned_q);
+        copy_tile(shared.k, k_from, task.k, p.k.stride_t, params.aligned_k);
+        if (!g_is_f32) {
+          copy_tile(g_tile, reinterpret_cast<const bf16 *>(g_from),
+                    reinterpret_cast<const bf16 *>(task.g), p.g.stride_t, params.aligned_g);
+        } else if (params.aligned_g) {
+          float *to = &shared.g[lane / 8 * K + first + lane % 8 * 4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            copy_piece(to + 4 * i * K, g_from + 16 * i * p.g.stride_t, lane / 8 + 4 * i < tokens);
+        } else {
+          copy_elements<32>(reinterpret_cast<const float *>(task.g) + t * p.g.stride_t + first,
+                            p.g.stride_t, tokens,
+                            [&](int r, int c) { return &shared.g[r * K + first + c]; });
+        }
+      }
+      q_from += GROUPS * CHUNK * p.q.stride_t;
+      k_from += GROUPS * CHUNK * p.k.stride_t;
+      g_from += GROUPS * CHUNK * p.g.stride_t * (g_is_f32 ? 4 : 2);
     }
     cute::cp_async_fence();
   };
@@ -644,8 +647,7 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
     me = FactorThread<K>();
     const int turn = chunk / GROUPS;
     const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
-    const bool solver = me.warp == turn % GROUP_WARPS; /* of (I + A)^-1: the warps take turns */
-    const float beta = solver ? load_beta(p, task, chunk, me.lane) : 0;
+    const RawBeta raw_beta(p, task, chunk, me.lane);
     cute::cp_async_wait<0>();
     __syncwarp();
     float g[16];
@@ -692,10 +694,17 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 
     /* Everything that the state warps will read is made before the buffer is asked for: the shorter the
      * way from empty to full, the less they wait. */
-    float k_squares[8], q_squares[8];
     uint32_t k_new[8], q_new[8], k_end[8], k_end_low[8];
     float2 decay; /* half 0: e^m, half 1: e^{G_C} */
     if (me.active()) {
+      const float2 k_squares = sum_squares(shared.k, me.warp, me.lane);
+      const float2 q_squares = sum_squares(shared.q, me.warp, me.lane);
+      uint32_t k2[8], q2[8]; /* all before the first store, which they would wait for */
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        k2[i] = *reinterpret_cast<const uint32_t *>(&shared.k[me.place(i)]);
+        q2[i] = *reinterpret_cast<const uint32_t *>(&shared.q[me.place(i)]);
+      }
       /* The anchor m is the sum over half 0; R = G_C - m the sum over half 1. */
       const float other0 = __shfl_xor_sync(0xffffffffu, sum0, 16);
       const float other1 = __shfl_xor_sync(0xffffffffu, sum1, 16);
@@ -709,36 +718,46 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
       for (int i = 0; i < 8; ++i) {
         D0 += g[2 * i];
         D1 += g[2 * i + 1];
-        const int place = me.place(i);
-        const uint32_t k2 = *reinterpret_cast<const uint32_t *>(&shared.k[place]);
-        const uint32_t q2 = *reinterpret_cast<const uint32_t *>(&shared.q[place]);
-        const float k0 = low_of(k2), k1 = high_of(k2), q0 = low_of(q2), q1 = high_of(q2);
-        k_squares[i] = fmaf(k0, k0, k1 * k1);
-        q_squares[i] = fmaf(q0, q0, q1 * q1);
+        const float k0 = low_of(k2[i]), k1 = high_of(k2[i]), q0 = low_of(q2[i]), q1 = high_of(q2[i]);
         const float e0 = exp2_approx(D0), e1 = exp2_approx(D1);
         const float inverse0 = k0 * exp2_approx(-D0), inverse1 = k1 * exp2_approx(-D1);
         k_new[i] = pack(k0 * e0, k1 * e1);
         q_new[i] = pack(q0 * e0, q1 * e1);
         split(inverse0 * end0, inverse1 * end1, k_end[i], k_end_low[i]);
         /* nobody has read the last chunk's since the group's last barrier */
-        *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = pack(inverse0, inverse1);
+        *reinterpret_cast<uint32_t *>(&shared.k_inverse[me.place(i)]) = pack(inverse0, inverse1);
       }
-      if (p.l2norm) {
-        const float k_sum = sum_rows(k_squares, me.lane), q_sum = sum_rows(q_squares, me.lane);
-        const int row = me.half * 8 + ((me.lane & 15) >> 1);
-        if (!(me.lane & 1)) {
-          shared.squares[turn & 1][0][me.warp][row] = k_sum;
-          shared.squares[turn & 1][1][me.warp][row] = q_sum;
-        }
+      if (has_squares(me.lane)) {
+        const int row = me.lane >> 2;
+        shared.squares[0][row][me.warp] = k_squares.x;
+        shared.squares[0][row + 8][me.warp] = k_squares.y;
+        shared.squares[1][row][me.warp] = q_squares.x;
+        shared.squares[1][row + 8][me.warp] = q_squares.y;
       }
     }
+    if (!by_levels) { /* the raw rows have been read, by this warp alone */
+      __syncwarp();
+      load(chunk + GROUPS);
+    }
     if (turn) wait(block.empty[me.group], turn - 1);
-    float triangle[4];
+    /* Lane i of a half warp has the norm and beta of token i: -L_ij = -beta_i |k_i|^-1 A_ij |k_j|^-1. */
+    const int token = me.lane & 15;
+    float norm, beta, L_scale[4], triangle[4];
+    const auto scale_triangle = [&] {
+      norm = norm_of<K>(p, shared.squares[me.warp >> 1][token]);
+      beta = raw_beta.beta(p, chunk * CHUNK + token < task.length);
+      const float factor = -beta * norm;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        L_scale[i] = __shfl_sync(0xffffffffu, factor, triangle_row(i, me.lane)) *
+                     __shfl_sync(0xffffffffu, norm, triangle_column(i, me.lane, me.warp));
+    };
     if (by_levels) {
       const float4 all = factors_by_levels<K>(shared);
       triangle[0] = all.x, triangle[1] = all.y, triangle[2] = all.z, triangle[3] = all.w;
       arrive(block.factored[me.group]);
       group_sync(me.group);
+      scale_triangle();
       load(chunk + GROUPS);
     } else {
       if (me.active()) {
@@ -754,18 +773,20 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
       }
       arrive(block.factored[me.group]);
       group_sync(me.group);
-      load(chunk + GROUPS); /* the raw rows have been read */
+      scale_triangle();
       multiply_triangle<K>(triangle, me.warp < 2 ? to.k : to.q, shared.k_inverse, me.warp, me.lane);
     }
 
-    /* (9): A to the solver, P to the state warps. Above the diagonal zero, whatever the product holds. */
+    /* (9): -L to the solver; P to the state warps. Above the diagonal zero, whatever the product holds. */
     if (me.warp < 2) {
+      if (me.warp == 0 && me.lane < CHUNK) to.norm_k[token] = norm, to.beta[token] = beta;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = triangle_row(i, me.lane), column = triangle_column(i, me.lane, me.warp);
-        shared.A[row][column] = row > column ? triangle[i] : 0;
+        shared.A[row][column] = row > column ? triangle[i] * L_scale[i] : 0;
       }
     } else {
+      if (me.warp == 2 && me.lane < CHUNK) to.norm_q[token] = task.scale * norm;
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const int row = triangle_row(i, me.lane), column = triangle_column(i, me.lane, me.warp);
@@ -774,7 +795,7 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
       }
     }
     group_sync(me.group);
-    if (solver) solve<K>(p, shared, turn, me.lane, beta);
+    if (me.warp == turn % GROUP_WARPS) invert<K>(shared, me.lane); /* the warps take turns */
     arrive(block.solved[me.group]);
   }
 }
@@ -979,8 +1000,15 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     if (chunk < task.chunks) {
       const int t = chunk * CHUNK, left = task.length - t;
       bf16 *to = shared.v[chunk % V_STAGES][state_warp()];
-      copy_rows<COLUMNS>(task.v + state_warp() * COLUMNS + t * p.v.stride_t, p.v.stride_t, left < CHUNK ? left : CHUNK,
-                         params.aligned_v, [&](int r, int c) { return to + r * PITCH + c; });
+      const bf16 *from = task.v + state_warp() * COLUMNS + t * p.v.stride_t;
+      const int tokens = left < CHUNK ? left : CHUNK;
+      if (params.aligned_v) { /* a lane: half a row */
+        const int row = fresh_lane() / 2, column = fresh_lane() % 2 * 8;
+        copy_piece(to + row * PITCH + column, from + row * p.v.stride_t + column, row < tokens);
+      } else {
+        copy_elements<COLUMNS>(from, p.v.stride_t, tokens,
+                               [&](int r, int c) { return to + r * PITCH + c; });
+      }
     }
     cute::cp_async_fence();
   };
@@ -1003,13 +1031,11 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
                           S.store(to, p.layout, offset, first_column());
                         });
     if (chunk == task.chunks) break;
-    const int group = chunk % GROUPS;
-    const Factors<K> &f = shared.groups[group].factors;
-    bf16 *tile = shared.v[chunk % V_STAGES][state_warp()];
     load(chunk + 1); /* its place was left by the chunk before */
-    wait(shared.factored[group], chunk / GROUPS);
+    wait(shared.factored[chunk % GROUPS], chunk / GROUPS);
 
-    const int lane = fresh_lane();
+    int lane = fresh_lane();
+    const Factors<K> &f0 = shared.groups[chunk % GROUPS].factors;
     /* X[v,i] = sum_k S[v,k] e^m K'[i,k] (n = 0, 1) and Q' (n = 2, 3); S <- S e^{G_C} on the way. */
     float X[M][4][4];
 #pragma unroll
@@ -1023,13 +1049,13 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
       uint32_t bk[4], bq[4];
-      load_matrices(bk, f.k + b_at + k / 16 * BLOCK);
-      load_matrices(bq, f.q + b_at + k / 16 * BLOCK);
+      load_matrices(bk, f0.k + b_at + k / 16 * BLOCK);
+      load_matrices(bq, f0.q + b_at + k / 16 * BLOCK);
       float2 in[2], decay[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        in[h] = *reinterpret_cast<const float2 *>(&f.to_anchor[k + 8 * h + 2 * (lane & 3)]);
-        decay[h] = *reinterpret_cast<const float2 *>(&f.decay[k + 8 * h + 2 * (lane & 3)]);
+        in[h] = *reinterpret_cast<const float2 *>(&f0.to_anchor[k + 8 * h + 2 * (lane & 3)]);
+        decay[h] = *reinterpret_cast<const float2 *>(&f0.decay[k + 8 * h + 2 * (lane & 3)]);
       }
 #pragma unroll
       for (int m = 0; m < M; ++m) {
@@ -1049,7 +1075,11 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     }
 
     cute::cp_async_wait<1>(); /* this chunk's v: all but the last load */
-    wait(shared.solved[group], chunk / GROUPS);
+    const int group = fresh(chunk) % GROUPS;
+    wait(shared.solved[group], fresh(chunk) / GROUPS);
+    const Factors<K> &f = shared.groups[group].factors;
+    bf16 *tile = shared.v[fresh(chunk) % V_STAGES][state_warp()];
+    lane = fresh_lane();
     float2 norm_k[2], beta[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
