@@ -64,9 +64,11 @@ endfunction()
 
 # ---- compiling, or taking it from the cache -------------------------------------------------------------
 
-file(GLOB_RECURSE files LIST_DIRECTORIES false "${PROJECT}/include/*.h" "${PROJECT}/src/check/problem.h"
-  "${PROJECT}/src/cuda/kernels/*.h" "${PROJECT}/src/cuda/kernels/*.cuh")
-list(APPEND files "${SOURCE}")
+# What all kernels share, and what lies beside this one.
+get_filename_component(beside "${SOURCE}" DIRECTORY)
+file(GLOB_RECURSE files LIST_DIRECTORIES false "${PROJECT}/include/*.h" "${beside}/*.h" "${beside}/*.cuh")
+file(GLOB shared LIST_DIRECTORIES false "${PROJECT}/src/cuda/kernels/*.h" "${PROJECT}/src/cuda/kernels/*.cuh")
+list(APPEND files ${shared} "${PROJECT}/src/check/problem.h" "${SOURCE}")
 list(SORT files)
 
 function(fkda_key out)

@@ -7,7 +7,8 @@
 #                 HOST  host code with placeholders for kernels: what the tests with a driver of their
 #                       own need (sanitizers, cross builds); nothing to run on a GPU
 #
-# Sets FKDA_WITH_CUDA (0 or 1), FKDA_CUDA_SOURCES, FKDA_CUDA_LOGS (what ptxas said), FKDA_CUDA_TEXT.
+# Sets FKDA_WITH_CUDA (0 or 1), FKDA_CUDA_SOURCES, FKDA_CUDA_TEXT, and for every directory <family> of kernels
+# FKDA_CUDA_LOGS_<family> (what ptxas said) and FKDA_CUDA_ARCHITECTURES_<family>; FKDA_CUDA_FAMILIES lists them.
 set(FLASHKDA_CUDA AUTO CACHE STRING "Build CUDA kernels: AUTO, ON, OFF or HOST")
 set_property(CACHE FLASHKDA_CUDA PROPERTY STRINGS AUTO ON OFF HOST)
 set(FLASHKDA_CUDA_ARCHITECTURES 80 90 100 120 CACHE STRING "Compute capabilities to compile for")
@@ -65,7 +66,8 @@ function(fkda_find_nvcc why)
   set(FKDA_NVCC_VERSION "${version}" PARENT_SCOPE)
 endfunction()
 
-# fkda_add_fatbin(portable/prefill): adds the command, and what it makes to FKDA_FATBINS and FKDA_CUDA_LOGS.
+# fkda_add_fatbin(portable/prefill -gencode ...): adds the command, and what it makes to FKDA_FATBINS and
+# FKDA_CUDA_LOGS_portable.
 function(fkda_add_fatbin name)
   set(source "${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/kernels/${name}.cu")
   set(output "${CMAKE_CURRENT_BINARY_DIR}/kernels/${name}")
@@ -77,7 +79,7 @@ function(fkda_add_fatbin name)
       -D "OUTPUT=${output}" -D "SOURCE=${source}" -D "PROJECT=${CMAKE_CURRENT_SOURCE_DIR}"
       -D "CACHE=${FLASHKDA_CACHE_DIR}/kernels" -D "ALLOW_SPILLS=${FLASHKDA_CUDA_ALLOW_SPILLS}"
       -P "${CMAKE_CURRENT_SOURCE_DIR}/cmake/build_fatbin.cmake"
-      -- "${FLASHKDA_NVCC}" ${FKDA_NVCC_FLAGS} ${FKDA_GENCODE} --threads 0
+      -- "${FLASHKDA_NVCC}" ${FKDA_NVCC_FLAGS} ${ARGN} --threads 0
       "-I${CMAKE_CURRENT_SOURCE_DIR}/include" "-I${CMAKE_CURRENT_SOURCE_DIR}/src"
       -isystem "${FKDA_CUTLASS_INCLUDE}"
     DEPENDS "${source}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/build_fatbin.cmake"
@@ -85,7 +87,14 @@ function(fkda_add_fatbin name)
     COMMENT "Compiling CUDA kernels ${name}.cu"
     VERBATIM)
   set(FKDA_FATBINS ${FKDA_FATBINS} "${output}.fatbin" PARENT_SCOPE)
-  set(FKDA_CUDA_LOGS ${FKDA_CUDA_LOGS} "${output}.log" PARENT_SCOPE)
+  fkda_family(family "${name}")
+  set(FKDA_CUDA_LOGS_${family} ${FKDA_CUDA_LOGS_${family}} "${output}.log" PARENT_SCOPE)
+endfunction()
+
+# fkda_family(<out> portable/prefill): portable
+function(fkda_family out name)
+  string(REGEX REPLACE "/.*$" "" family "${name}")
+  set(${out} "${family}" PARENT_SCOPE)
 endfunction()
 
 # The C file that puts the fatbins into the library. toolkit: 1000 * major + 10 * minor.
@@ -119,7 +128,7 @@ endfunction()
 
 set(FKDA_WITH_CUDA 0)
 set(FKDA_CUDA_SOURCES "")
-set(FKDA_CUDA_LOGS "")
+set(FKDA_CUDA_FAMILIES "")
 set(FKDA_FATBINS "")
 set(FKDA_CUDA_TEXT "CPU backends only (FLASHKDA_CUDA=OFF)")
 if(NOT FLASHKDA_CUDA STREQUAL "OFF")
@@ -146,24 +155,38 @@ if(NOT FLASHKDA_CUDA STREQUAL "OFF")
     file(GLOB kernels CONFIGURE_DEPENDS RELATIVE "${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/kernels"
       src/cuda/kernels/*/*.cu)
     list(TRANSFORM kernels REPLACE "\\.cu$" "")
+    if(NOT 90 IN_LIST FLASHKDA_CUDA_ARCHITECTURES AND NOT FLASHKDA_CUDA STREQUAL "HOST")
+      list(FILTER kernels EXCLUDE REGEX "^sm90/")
+    endif()
     set(images "${CMAKE_CURRENT_BINARY_DIR}/kernels/images.c")
     fkda_write_images("${images}" ${toolkit} ${kernels})
     if(FLASHKDA_CUDA STREQUAL "HOST")
       set(FKDA_CUDA_TEXT "CPU backends; CUDA host code with placeholders for kernels")
     else()
-      set(FKDA_GENCODE "")
+      set(gencode "")
       set(targets "")
       foreach(arch IN LISTS FLASHKDA_CUDA_ARCHITECTURES)
-        list(APPEND FKDA_GENCODE -gencode arch=compute_${arch},code=sm_${arch})
+        list(APPEND gencode -gencode arch=compute_${arch},code=sm_${arch})
         list(APPEND targets sm_${arch})
       endforeach()
       foreach(arch IN LISTS FLASHKDA_CUDA_PTX)
-        list(APPEND FKDA_GENCODE -gencode arch=compute_${arch},code=compute_${arch})
+        list(APPEND gencode -gencode arch=compute_${arch},code=compute_${arch})
         list(APPEND targets "PTX ${arch}")
       endforeach()
       foreach(kernel IN LISTS kernels)
-        fkda_add_fatbin("${kernel}")
+        fkda_family(family "${kernel}")
+        list(APPEND FKDA_CUDA_FAMILIES ${family})
+        if(family STREQUAL "sm90") # instructions that only sm_90a has
+          fkda_add_fatbin("${kernel}" -gencode arch=compute_90a,code=sm_90a)
+          set(FKDA_CUDA_ARCHITECTURES_${family} 90a)
+          list(APPEND targets sm_90a)
+        else()
+          fkda_add_fatbin("${kernel}" ${gencode})
+          set(FKDA_CUDA_ARCHITECTURES_${family} ${FLASHKDA_CUDA_ARCHITECTURES})
+        endif()
       endforeach()
+      list(REMOVE_DUPLICATES FKDA_CUDA_FAMILIES)
+      list(REMOVE_DUPLICATES targets)
       set_property(SOURCE "${images}" PROPERTY OBJECT_DEPENDS "${FKDA_FATBINS}")
       list(JOIN targets ", " targets)
       set(FKDA_CUDA_TEXT "CPU and CUDA backends (nvcc ${FKDA_NVCC_VERSION}: ${targets})")

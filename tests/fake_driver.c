@@ -34,8 +34,10 @@ typedef struct function {
   int device, index, shared, loaded;
 } function;
 
-EXPORT fake_driver fake = {
-    .version = 13000, .device_count = 1, .capability = {{9, 0}, {9, 0}, {7, 5}}, .params_size = 0};
+EXPORT fake_driver fake = {.version = 13000,
+                           .device_count = 1,
+                           .capability = {{8, 6}, {8, 6}, {7, 5}},
+                           .params_size = NULL};
 
 static device_context contexts[FAKE_DEVICES] = {{0}, {1}, {2}};
 static module modules[FAKE_FUNCTIONS];
@@ -212,6 +214,45 @@ EXPORT int cuFuncLoad(void *loaded) {
   atomic_fetch_add(&fake.function_loads, 1);
   return SUCCESS;
 }
+/* Refuses what the real one refuses, and writes down what it was given. */
+EXPORT int cuTensorMapEncodeTiled(void *map, int data_type, uint32_t rank, void *address,
+                                  const uint64_t *sizes, const uint64_t *strides,
+                                  const uint32_t *box, const uint32_t *element_strides,
+                                  int interleave, int swizzle, int l2_promotion, int oob_fill) {
+  BEGIN_STARTED;
+  if (!current()) return mistake("cuTensorMapEncodeTiled: no context", INVALID_CONTEXT);
+  if ((uintptr_t)map % 64) return mistake("cuTensorMapEncodeTiled: map", INVALID_VALUE);
+  if (data_type != 7 && data_type != 9)
+    return mistake("cuTensorMapEncodeTiled: data type", INVALID_VALUE);
+  if (rank != 4) return mistake("cuTensorMapEncodeTiled: rank", INVALID_VALUE);
+  if (!address || (uintptr_t)address % 16)
+    return mistake("cuTensorMapEncodeTiled: address", INVALID_VALUE);
+  fake_tensor_map m = {.address = address,
+                       .data_type = data_type,
+                       .interleave = interleave,
+                       .swizzle = swizzle,
+                       .l2_promotion = l2_promotion,
+                       .oob_fill = oob_fill};
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (sizes[i] < 1 || sizes[i] > UINT64_C(1) << 32)
+      return mistake("cuTensorMapEncodeTiled: sizes", INVALID_VALUE);
+    if (box[i] < 1 || box[i] > 256) return mistake("cuTensorMapEncodeTiled: box", INVALID_VALUE);
+    if (element_strides[i] != 1)
+      return mistake("cuTensorMapEncodeTiled: element strides", INVALID_VALUE);
+    m.sizes[i] = sizes[i];
+    m.box[i] = (uint16_t)box[i];
+  }
+  for (uint32_t i = 0; i + 1 < rank; ++i) {
+    if (strides[i] % 16 || !strides[i] || strides[i] >= UINT64_C(1) << 40)
+      return mistake("cuTensorMapEncodeTiled: strides", INVALID_VALUE);
+    m.strides[i] = strides[i];
+  }
+  if (swizzle == 3 && box[0] * (data_type == 7 ? 4 : 2) > 128)
+    return mistake("cuTensorMapEncodeTiled: box wider than the swizzle", INVALID_VALUE);
+  memcpy(map, &m, sizeof m);
+  atomic_fetch_add(&fake.maps, 1);
+  return SUCCESS;
+}
 /* As cuda.h has them. */
 typedef struct launch_attribute {
   int id;
@@ -249,7 +290,7 @@ EXPORT int cuLaunchKernelEx(const launch_config *c, void *launched, void **param
                               .early = c->attribute_count ? c->attributes[0].value.value : 0,
                               .device = f->device};
   memcpy(fake.launch.entry, fake.entries[f->index], sizeof fake.launch.entry);
-  memcpy(fake.launch.params, parameters[0], (size_t)fake.params_size);
+  memcpy(fake.launch.params, parameters[0], fake.params_size(fake.launch.entry));
   pthread_mutex_unlock(&mutex);
   atomic_fetch_add(&fake.launches, 1);
   return SUCCESS;

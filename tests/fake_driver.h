@@ -6,6 +6,7 @@
 #define FKDA_TESTS_FAKE_DRIVER_H
 
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 
 enum { FAKE_DEVICES = 3, FAKE_FUNCTIONS = 64, FAKE_PARAMS = 2048 };
@@ -15,6 +16,15 @@ typedef struct fake_stream {
   int device;
   int capture; /* CUstreamCaptureStatus */
 } fake_stream;
+
+/* What cuTensorMapEncodeTiled of this driver writes: what it was given. A CUtensorMap has 128 bytes. */
+typedef struct fake_tensor_map {
+  void *address;
+  uint64_t sizes[4], strides[3];
+  uint16_t box[4];
+  int32_t data_type, interleave, swizzle, l2_promotion, oob_fill;
+} fake_tensor_map;
+_Static_assert(sizeof(fake_tensor_map) <= 128, "a CUtensorMap");
 
 typedef struct fake_launch {
   char entry[64];
@@ -33,12 +43,12 @@ typedef struct fake_driver {
   } capability[FAKE_DEVICES];
   const char *failing; /* this function answers `failure` */
   int failure;
-  int params_size;    /* bytes of a kernel's parameter */
+  size_t (*params_size)(const char *entry); /* bytes of a kernel's parameter */
   int legacy_capture; /* what cuStreamIsCapturing says of stream NULL: a CUresult */
 
   /* what it was asked */
   atomic_int inits, retains, releases, pushes, pops, loads, unloads, functions, function_loads,
-      launches, current_asked;
+      launches, maps, current_asked;
   char entries[FAKE_FUNCTIONS][64]; /* of cuModuleGetFunction, in order */
   int entry_shared[FAKE_FUNCTIONS];
   int entry_device[FAKE_FUNCTIONS];

@@ -18,7 +18,8 @@ static fkda_status expected(void) {
 static void test_calls(void **state) {
   (void)state;
   char buffer[256];
-  const char *message = with("device_type: CUDA, which cannot be used here: portable: ", &buffer);
+  const char *message =
+      with("device_type: CUDA, which cannot be used here: sm90, portable: ", &buffer);
   for (int device = 0; device < 2; ++device) {
     fkda_prefill_args prefill = plain_prefill();
     prefill.device_type = FKDA_DEVICE_CUDA;

@@ -1,6 +1,7 @@
 /* The CUDA host code against a driver made up for it (fake_driver.h), so on machines without a GPU too:
  * refusals in words (case 25), launches and what they carry, loading once under many threads (24),
- * contexts, capture (23), fork. Tensors lie at addresses that no host memory has: nothing may look. */
+ * contexts, capture (23), fork. Tensors lie at addresses that no host memory has: nothing may look.
+ * The first two devices are of compute capability 8.6 unless a scenario says otherwise. */
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -17,8 +18,10 @@
 
 #include <cmocka.h>
 
+#include "cuda/driver.h"
 #include "cuda/images.h"
 #include "cuda/kernels/portable/params.h"
+#include "cuda/kernels/sm90/params.h"
 #include "fake_driver.h"
 #include "flashkda/flashkda.h"
 
@@ -58,13 +61,18 @@ static void fail_child(int line, const char *what) {
   _exit(1);
 }
 
+static size_t params_size(const char *entry) {
+  return strncmp(entry, "fkda_sm90_", 10) == 0 ? sizeof(fkda_sm90_params)
+                                               : sizeof(fkda_portable_params);
+}
+
 static void run_in_child(void (*scenario)(void)) {
   fflush(NULL);
   const pid_t child = fork();
   assert_true(child >= 0);
   if (child == 0) {
     fake.version = fkda_cuda_toolkit_version / 1000 * 1000;
-    fake.params_size = sizeof(fkda_portable_params);
+    fake.params_size = params_size;
     scenario();
     CHECK_INT(atomic_load(&fake.pushes), atomic_load(&fake.pops));
     CHECK_INT(fake_depth(), 0);
@@ -146,27 +154,46 @@ static fkda_portable_params params(void) {
   return p;
 }
 
-static int images(void) {
+static fkda_sm90_params sm90_params(void) {
+  fkda_sm90_params p;
+  memcpy(&p, fake.launch.params, sizeof p);
+  return p;
+}
+
+/* Of a directory of kernels, "" for all. */
+static int images(const char *family) {
   int count = 0;
-  while (fkda_cuda_images[count].name) ++count;
+  for (const fkda_cuda_image *image = fkda_cuda_images; image->name; ++image)
+    count += strncmp(image->name, family, strlen(family)) == 0;
   return count;
 }
 
 #define COUNT(...) (sizeof((char[]){__VA_ARGS__}))
 #define ONE(...) 1,
 enum {
-  PREFILL_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)),
-  DECODE_KERNELS = COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
-  KERNELS = PREFILL_KERNELS + DECODE_KERNELS,
+  PORTABLE_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
+  SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE)),
+  KERNELS = PORTABLE_KERNELS + SM90_KERNELS,
 };
+
+static void be_hopper(int device) {
+  fake.capability[device].major = 9;
+  fake.capability[device].minor = 0;
+}
 
 /* ---- refusals ---- */
 
-static void check_no_device(const char *reason) {
+/* What the row sm90 says of a device that is not Hopper's. */
+#define NOT_HOPPER(device, capability)                                                             \
+  "sm90: device_id: " device " (Fake " device ") has compute capability " capability               \
+  ", expected 9.0; "
+
+/* rows: who gives the reason, and what others say before. */
+static void check_no_device_but(const char *rows, const char *reason) {
   char message[400];
   fkda_prefill_args a = prefill(1, 2, 128, 128);
   fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
-  snprintf(message, sizeof message, "device_type: CUDA, which cannot be used here: portable: %s",
+  snprintf(message, sizeof message, "device_type: CUDA, which cannot be used here: %s: %s", rows,
            reason);
   CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE, message);
   CHECK_FAILS(fkda_query(&a), FKDA_ERROR_NO_DEVICE, message);
@@ -179,6 +206,13 @@ static void check_no_device(const char *reason) {
   CHECK_INT(fake.retains, 0);
   CHECK_INT(fake.loads, 0);
   CHECK_INT(fake.launches, 0);
+}
+
+static void check_no_device(const char *reason) {
+  check_no_device_but("sm90, portable", reason);
+  char message[400];
+  snprintf(message, sizeof message, "sm90: %s", reason);
+  CHECK_FAILS(fkda_backend_available("sm90"), FKDA_ERROR_NO_DEVICE, message);
 }
 
 SCENARIO(old_driver) {
@@ -207,7 +241,8 @@ SCENARIO(no_devices) {
 SCENARIO(old_architecture) {
   fake.capability[0].major = 7;
   fake.capability[0].minor = 5;
-  check_no_device("device_id: 0 (Fake 0) has compute capability 7.5, expected 8.0 or newer");
+  check_no_device_but(NOT_HOPPER("0", "7.5") "portable",
+                      "device_id: 0 (Fake 0) has compute capability 7.5, expected 8.0 or newer");
 }
 
 SCENARIO(driver_in_a_fork) {
@@ -253,15 +288,15 @@ SCENARIO(device_numbers) {
   a.device_id = 2;
   a.stream = &stream_of[2];
   CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
-              "device_type: CUDA, which cannot be used here: portable: device_id: 2 (Fake 2) has "
-              "compute capability 7.5, expected 8.0 or newer");
+              "device_type: CUDA, which cannot be used here: " NOT_HOPPER(
+                  "2", "7.5") "portable: device_id: 2 (Fake 2) has compute capability 7.5, "
+                              "expected 8.0 or newer");
   CHECK_INT(fkda_query(&a), FKDA_ERROR_NO_DEVICE);
   CHECK_INT(fkda_warmup(FKDA_DEVICE_CUDA, 2), FKDA_ERROR_NO_DEVICE);
   a.device_id = 3;
-  CHECK_FAILS(
-      fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
-      "device_type: CUDA, which cannot be used here: portable: device_id: 3, expected 0 to 2 "
-      "(3 CUDA devices here)");
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
+              "device_type: CUDA, which cannot be used here: sm90, portable: device_id: 3, "
+              "expected 0 to 2 (3 CUDA devices here)");
   CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 3), FKDA_ERROR_NO_DEVICE,
               "device_type: CUDA, which cannot be used here: device_id: 3, expected 0 to 2 (3 CUDA "
               "devices here)");
@@ -276,7 +311,8 @@ SCENARIO(device_numbers) {
 
 static void check_unsupported(const void *args, const char *reason) {
   char message[400];
-  snprintf(message, sizeof message, "no backend can run this call: portable: %s", reason);
+  snprintf(message, sizeof message,
+           "no backend can run this call: " NOT_HOPPER("0", "8.6") "portable: %s", reason);
   CHECK_FAILS(fkda_query(args), FKDA_ERROR_UNSUPPORTED, message);
 }
 
@@ -490,14 +526,348 @@ SCENARIO(failed_launch) {
               "fkda_portable_prefill_k128_v64: CUDA_ERROR_FAKE, error 700 (made up for a test)");
 }
 
+/* ---- sm90 ---- */
+
+static const char *backend_of(const void *args) {
+  static fkda_plan_info info;
+  info = (fkda_plan_info){.struct_size = sizeof info};
+  CHECK_OK(fkda_plan(args, &info));
+  return info.backend;
+}
+
+/* The description says of a row that was not taken why. */
+static void check_not(const void *args, const char *row, const char *reason) {
+  char text[2048], line[300];
+  CHECK_OK(fkda_plan_describe(args, text, sizeof text, NULL));
+  snprintf(line, sizeof line, "\nnot %s: %s\n", row, reason);
+  if (!strstr(text, line)) {
+    fprintf(stderr, "%s,\nexpected in it %s", text, line);
+    fail_child(__LINE__, "fkda_plan_describe");
+  }
+}
+
+/* g is float32 in prefill() */
+static fkda_prefill_args hopper_prefill(int64_t N, int64_t HV, int64_t K, int64_t V) {
+  fkda_prefill_args a = prefill(N, HV, K, V);
+  a.g.dtype = FKDA_BF16;
+  return a;
+}
+
+SCENARIO(capabilities) {
+  static const struct {
+    int major, minor;
+    const char *backend, *reason;
+  } cases[] = {
+      {8, 0, "portable", "device_id: 0 (Fake 0) has compute capability 8.0, expected 9.0"},
+      {8, 9, "portable", "device_id: 0 (Fake 0) has compute capability 8.9, expected 9.0"},
+      {9, 0, "sm90", NULL},
+      {10, 0, "portable", "device_id: 0 (Fake 0) has compute capability 10.0, expected 9.0"},
+      {12, 0, "portable", "device_id: 0 (Fake 0) has compute capability 12.0, expected 9.0"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    fflush(NULL);
+    const pid_t child = fork(); /* a driver is asked for its devices once */
+    CHECK(child >= 0);
+    if (child == 0) {
+      fake.capability[0].major = cases[i].major;
+      fake.capability[0].minor = cases[i].minor;
+      fkda_prefill_args a = hopper_prefill(1, 2, 128, 128);
+      CHECK_TEXT(backend_of(&a), cases[i].backend);
+      if (cases[i].reason) {
+        check_not(&a, "sm90", cases[i].reason);
+        char message[200];
+        snprintf(message, sizeof message, "sm90: %s", cases[i].reason);
+        CHECK_FAILS(fkda_backend_available("sm90"), FKDA_ERROR_NO_DEVICE, message);
+      } else {
+        check_not(&a, "portable", "sm90 comes first");
+        CHECK_OK(fkda_backend_available("sm90"));
+      }
+      CHECK_OK(fkda_backend_available("portable"));
+      fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
+      CHECK_TEXT(backend_of(&d), "portable");
+      _exit(0);
+    }
+    int status = -1;
+    CHECK_INT(waitpid(child, &status, 0), child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  }
+}
+
+/* Of two devices each gets its own. */
+SCENARIO(mixed_devices) {
+  fake.device_count = 2;
+  be_hopper(1);
+  fkda_prefill_args a = hopper_prefill(1, 2, 128, 128);
+  CHECK_TEXT(backend_of(&a), "portable");
+  a.device_id = 1;
+  a.stream = &stream_of[1];
+  CHECK_TEXT(backend_of(&a), "sm90");
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_INT(fake.launch.device, 1);
+  a.device_id = 0;
+  a.backend = "sm90";
+  CHECK_FAILS(
+      fkda_prefill(&a), FKDA_ERROR_NO_DEVICE,
+      "backend: \"sm90\" cannot run this call: device_id: 0 (Fake 0) has compute capability "
+      "8.6, expected 9.0");
+}
+
+typedef struct expected_map {
+  const fkda_tensor *tensor;
+  fkda_tensor_map map;
+  uint64_t strides[3]; /* bytes: T, heads, B */
+} expected_map;
+
+static void check_map(const expected_map *expected) {
+  const fkda_tensor *t = expected->tensor;
+  fake_tensor_map m;
+  memcpy(&m, &expected->map, sizeof m);
+  CHECK(m.address == t->data);
+  CHECK_INT(m.sizes[0], t->shape[3]);
+  CHECK_INT(m.sizes[1], t->shape[1]);
+  CHECK_INT(m.sizes[2], t->shape[2]);
+  CHECK_INT(m.sizes[3], t->shape[0]);
+  for (int i = 0; i < 3; ++i) CHECK_INT(m.strides[i], expected->strides[i]);
+  CHECK_INT(m.box[0], t->dtype == FKDA_F32 ? 32 : 64);
+  CHECK_INT(m.box[1], FKDA_SM90_CHUNK);
+  CHECK_INT(m.box[2], 1);
+  CHECK_INT(m.box[3], 1);
+  CHECK_INT(m.data_type, t->dtype == FKDA_F32 ? 7 : 9);
+  CHECK_INT(m.interleave, 0);
+  CHECK_INT(m.swizzle, 3);
+  CHECK_INT(m.l2_promotion, 3);
+  CHECK_INT(m.oob_fill, 0);
+}
+
+SCENARIO(sm90_launch) {
+  static const struct {
+    int64_t N, HV;
+    int split;
+    const char *entry;
+  } cases[] = {
+      {1, 2, 2, "fkda_sm90_prefill_k128_v64"},
+      {1, 66, 2, "fkda_sm90_prefill_k128_v64"},
+      {1, 68, 1, "fkda_sm90_prefill_k128_v128"},
+      {3, 96, 1, "fkda_sm90_prefill_k128_v128"},
+  };
+  be_hopper(0);
+  const int64_t K = 128, V = 128;
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t N = cases[i].N, HV = cases[i].HV;
+    const int split = cases[i].split;
+    fkda_prefill_args a = hopper_prefill(N, HV, K, V);
+    fkda_plan_info info = {.struct_size = sizeof info};
+    CHECK_OK(fkda_plan(&a, &info));
+    CHECK_TEXT(info.backend, "sm90");
+    CHECK_INT(info.chunk, FKDA_SM90_CHUNK);
+    CHECK_INT(info.value_split, split);
+    CHECK_INT(info.tasks, N * HV * split);
+    const unsigned blocks = N * HV * split < 132 ? (unsigned)(N * HV * split) : 132;
+    CHECK_INT(info.threads, blocks);
+    CHECK_INT(info.workspace_size, 0);
+    CHECK_OK(fkda_prefill(&a));
+    check_launch(cases[i].entry, blocks, FKDA_SM90_PREFILL_THREADS, FKDA_SM90_PREFILL_SHARED);
+    CHECK(fake.launch.stream == &stream_of[0]);
+    CHECK_INT(fake.maps, 5 * (i + 1));
+    const fkda_sm90_params p = sm90_params();
+    CHECK_INT(p.value_split, split);
+    CHECK_INT(p.problem.N, N);
+    CHECK_INT(p.problem.HV, HV);
+    CHECK(p.problem.out.data == a.out.data);
+    const uint64_t H = (uint64_t)HV / 2; /* B is 1: its stride is not used, and may be any */
+    const expected_map maps[] = {
+        {&a.q, p.q, {H * K * 2, H > 1 ? K * 2 : 16, 16}},
+        {&a.k, p.k, {H * K * 2, H > 1 ? K * 2 : 16, 16}},
+        {&a.g, p.g, {HV * K * 2, K * 2, 16}},
+        {&a.v, p.v, {HV * V * 2, V * 2, 16}},
+        {&a.out, p.out, {HV * V * 2, V * 2, 16}},
+    };
+    for (size_t j = 0; j < sizeof maps / sizeof maps[0]; ++j) check_map(&maps[j]);
+  }
+  CHECK_INT(fake.loads, images("sm90/"));
+}
+
+/* Batches, heads outside of tokens, rows with gaps: what the maps are given is what the tensors are. */
+SCENARIO(sm90_strides) {
+  be_hopper(0);
+  fkda_prefill_args a = hopper_prefill(4, 6, 128, 128);
+  fkda_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.g, &a.out};
+  a.cu_seqlens = (fkda_tensor){0};
+  for (int i = 0; i < 5; ++i) { /* 4 * 20 tokens as B 4, T 20 */
+    tensors[i]->shape[0] = 4;
+    tensors[i]->shape[1] = 20;
+    tensors[i]->stride[0] = 20 * tensors[i]->stride[1];
+  }
+  a.beta = PLACE(FKDA_BF16, 4, 20, 6);
+  a.q.stride[2] = 20 * 128; /* [B,H,T,K] in memory */
+  a.q.stride[1] = 128;
+  a.k.stride[1] += 8;
+  a.k.stride[0] = 20 * a.k.stride[1];
+  for (int i = 0; i < 5; ++i) tensors[i]->data = (void *)((uintptr_t)(i + 1) << 44);
+  CHECK_OK(fkda_prefill(&a));
+  const fkda_sm90_params p = sm90_params();
+  const expected_map maps[] = {
+      {&a.q, p.q, {256, 20 * 256, 3 * 20 * 256}},
+      {&a.k, p.k, {3 * 256 + 16, 256, 20 * (3 * 256 + 16)}},
+      {&a.v, p.v, {6 * 256, 256, 20 * 6 * 256}},
+      {&a.g, p.g, {6 * 256, 256, 20 * 6 * 256}},
+      {&a.out, p.out, {6 * 256, 256, 20 * 6 * 256}},
+  };
+  for (size_t j = 0; j < sizeof maps / sizeof maps[0]; ++j) check_map(&maps[j]);
+}
+
+/* What the copy engine cannot reach goes to portable, and the plan says why. */
+SCENARIO(sm90_alignment) {
+  be_hopper(0);
+  for (int i = 0; i < 5; ++i) {
+    static const char *const names[] = {"q", "k", "v", "g", "out"};
+    fkda_prefill_args a = hopper_prefill(2, 4, 128, 128);
+    fkda_tensor *const tensors[] = {&a.q, &a.k, &a.v, &a.g, &a.out}, *const t = tensors[i];
+    char reason[200], message[300];
+    t->data = (void *)((uintptr_t)(1 + i) << 44);
+    t->stride[2] += 8; /* 16 bytes */
+    t->stride[1] = 4 * t->stride[2];
+    CHECK_TEXT(backend_of(&a), "sm90");
+    CHECK_OK(fkda_prefill(&a));
+    CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+
+    t->stride[1] += 1;
+    CHECK_TEXT(backend_of(&a), "portable");
+    snprintf(reason, sizeof reason,
+             "%s: stride of T is %d bytes, expected a multiple of 16, less than 2^40", names[i],
+             4 * 136 * 2 + 2);
+    check_not(&a, "sm90", reason);
+    CHECK_OK(fkda_prefill(&a));
+    CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+    a.backend = "sm90";
+    snprintf(message, sizeof message, "backend: \"sm90\" cannot run this call: %s", reason);
+    const int launches = fake.launches;
+    CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_UNSUPPORTED, message);
+    CHECK_INT(fake.launches, launches);
+
+    /* the heads' stride; of one head none */
+    t->stride[1] = 4 * 136;
+    t->stride[2] = 132;
+    snprintf(reason, sizeof reason,
+             "%s: stride of heads is 264 bytes, expected a multiple of 16, less than 2^40",
+             names[i]);
+    snprintf(message, sizeof message, "backend: \"sm90\" cannot run this call: %s", reason);
+    CHECK_FAILS(fkda_query(&a), FKDA_ERROR_UNSUPPORTED, message);
+
+    /* the address, which a question does not have to give */
+    t->stride[2] = 136;
+    t->data = (char *)t->data + 8;
+    a.backend = NULL;
+    CHECK_OK(fkda_prefill(&a));
+    CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+    a.backend = "sm90";
+    snprintf(message, sizeof message,
+             "backend: \"sm90\" cannot run this call: %s: data %p, expected a multiple of 16",
+             names[i], t->data);
+    CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_UNSUPPORTED, message);
+  }
+  /* one row for all heads or tokens: a stride that no tensor map has */
+  fkda_prefill_args a = hopper_prefill(2, 4, 128, 128);
+  a.k.stride[1] = 0;
+  check_not(&a, "sm90", "k: stride of T is 0 bytes, expected a multiple of 16, less than 2^40");
+  CHECK_TEXT(backend_of(&a), "portable");
+}
+
+SCENARIO(sm90_limits) {
+  be_hopper(0);
+  fkda_prefill_args a = hopper_prefill(2, 4, 128, 128);
+  a.v.stride[1] = INT64_C(1) << 39;
+  check_not(&a, "sm90",
+            "v: stride of T is 1099511627776 bytes, expected a multiple of 16, less than 2^40");
+  a.v.stride[1] -= 8;
+  CHECK_TEXT(backend_of(&a), "sm90");
+  a = hopper_prefill(INT64_C(1) << 27, 2, 128, 128); /* 20 * 2^27 tokens */
+  check_not(&a, "sm90", "T = 2684354560, expected at most 2147483615");
+}
+
+SCENARIO(sm90_forced) {
+  be_hopper(0);
+  fkda_prefill_args a = hopper_prefill(1, 2, 128, 128);
+  a.backend = "portable";
+  check_not(&a, "sm90", "backend asks for portable");
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+  a.backend = "sm90";
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+  a.backend = NULL;
+  setenv("FLASHKDA_BACKEND", "portable", 1);
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+  setenv("FLASHKDA_BACKEND", "sm90", 1);
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+  fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
+  CHECK_FAILS(fkda_decode(&d), FKDA_ERROR_UNSUPPORTED,
+              "FLASHKDA_BACKEND: \"sm90\" cannot run this call: has kernels for prefill only");
+}
+
+SCENARIO(sm90_and_portable_refuse) {
+  be_hopper(0);
+  fkda_prefill_args a = prefill(1, 2, 96, 128);
+  CHECK_FAILS(fkda_query(&a), FKDA_ERROR_UNSUPPORTED,
+              "no backend can run this call: sm90, portable: K = 96, V = 128, expected each 64 or "
+              "128");
+  fkda_decode_args d = decode(1, 2, 96, 128, FKDA_STATE_VK);
+  CHECK_FAILS(fkda_query(&d), FKDA_ERROR_UNSUPPORTED,
+              "no backend can run this call: sm90: has kernels for prefill only; portable: K = 96, "
+              "V = 128, expected each 64 or 128");
+}
+
+/* Sequences without tokens have states all the same; there is nothing to map. */
+SCENARIO(sm90_no_tokens) {
+  be_hopper(0);
+  fkda_prefill_args a = hopper_prefill(3, 2, 128, 128);
+  fkda_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.g, &a.out, &a.beta};
+  for (int i = 0; i < 6; ++i) {
+    tensors[i]->shape[1] = 0;
+    tensors[i]->data = NULL;
+  }
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+  CHECK_INT(fake.maps, 0);
+  const fkda_sm90_params p = sm90_params();
+  const fkda_tensor_map nothing = {{0}};
+  CHECK(memcmp(&p.q, &nothing, sizeof nothing) == 0);
+  CHECK(memcmp(&p.out, &nothing, sizeof nothing) == 0);
+}
+
+SCENARIO(sm90_failed_map) {
+  be_hopper(0);
+  fkda_prefill_args a = hopper_prefill(1, 2, 128, 128);
+  fake.failing = "cuTensorMapEncodeTiled";
+  fake.failure = 1;
+  CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE,
+              "cuTensorMapEncodeTiled: CUDA_ERROR_FAKE, error 1 (made up for a test)");
+  CHECK_INT(fake.launches, 0);
+  CHECK_INT(fake_depth(), 0);
+}
+
+/* A driver that has no tensor maps. Ours has them, so they are taken away once it is found. */
+SCENARIO(sm90_old_driver) {
+  be_hopper(0);
+  const fkda_cuda_driver *driver = fkda_cuda_driver_get(NULL, 0);
+  ((fkda_cuda_driver *)(uintptr_t)driver)->api.tensor_map_encode_tiled = NULL;
+  fkda_prefill_args a = hopper_prefill(1, 2, 128, 128);
+  check_not(&a, "sm90", "the NVIDIA driver is too old: it has no cuTensorMapEncodeTiled");
+  CHECK_OK(fkda_prefill(&a));
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+}
+
 /* ---- loading ---- */
 
 /* The names that the host asks for are the ones that are listed, and so compiled (entry_points). */
 SCENARIO(warmup) {
   fake.device_count = 2;
+  be_hopper(1);
   CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 1));
   CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 1));
-  CHECK_INT(fake.loads, images());
+  CHECK_INT(fake.loads, images(""));
   CHECK_INT(fake.functions, KERNELS);
   CHECK_INT(fake.function_loads, KERNELS);
   CHECK_INT(fake.launches, 0);
@@ -513,12 +883,25 @@ SCENARIO(warmup) {
   }
   fclose(list);
   CHECK_INT(listed, KERNELS);
+  int prefill_kernels = 0;
   for (int i = 0; i < KERNELS; ++i) {
     CHECK_INT(fake.entry_device[i], 1);
     int K, part;
-    if (sscanf(fake.entries[i], "fkda_portable_prefill_k%d_v%d", &K, &part) == 2)
+    if (sscanf(fake.entries[i], "fkda_portable_prefill_k%d_v%d", &K, &part) == 2) {
       CHECK_INT(fake.entry_shared[i], FKDA_PORTABLE_PREFILL_SHARED(K, part));
+      ++prefill_kernels;
+    }
+    if (strncmp(fake.entries[i], "fkda_sm90_prefill_", 18) == 0) {
+      CHECK_INT(fake.entry_shared[i], FKDA_SM90_PREFILL_SHARED);
+      ++prefill_kernels;
+    }
   }
+  CHECK_INT(prefill_kernels, COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + SM90_KERNELS);
+
+  /* elsewhere sm_90a's code is not asked for */
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
+  CHECK_INT(fake.loads, images("") + images("portable/"));
+  CHECK_INT(fake.functions, KERNELS + PORTABLE_KERNELS);
 }
 
 enum { THREADS = 8, CALLS = 50 };
@@ -562,8 +945,8 @@ SCENARIO(many_threads) {
   CHECK_INT(fake.inits, 1);
   CHECK_INT(fake.retains, 2);
   CHECK_INT(fake.releases, 0);
-  CHECK_INT(fake.loads, 2 * images());
-  CHECK_INT(fake.functions, 2 * KERNELS);
+  CHECK_INT(fake.loads, 2 * images("portable/"));
+  CHECK_INT(fake.functions, 2 * PORTABLE_KERNELS);
   CHECK_INT(fake.unloads, 0);
   CHECK_INT(fake.launches, THREADS * CALLS);
 }
@@ -598,7 +981,7 @@ SCENARIO(failed_loading) {
   fake.failing = NULL;
   fake.loads = fake.unloads = 0;
   CHECK_OK(fkda_prefill(&a));
-  CHECK_INT(fake.loads, images());
+  CHECK_INT(fake.loads, images("portable/"));
   CHECK_INT(fake.unloads, 0);
   CHECK_INT(fake.retains, fake.releases + 1);
 }
@@ -667,7 +1050,7 @@ static void call_in_fork(void) {
   const int launches = fake.launches, current_asked = fake.current_asked;
   CHECK_INT(fkda_prefill(&a), FKDA_ERROR_NO_DEVICE);
   CHECK_TEXT(fkda_last_error(),
-             "device_type: CUDA, which cannot be used here: portable: " FORK_MESSAGE);
+             "device_type: CUDA, which cannot be used here: sm90, portable: " FORK_MESSAGE);
   CHECK_INT(fkda_query(&a), FKDA_ERROR_NO_DEVICE);
   CHECK_FAILS(fkda_warmup(FKDA_DEVICE_CUDA, 0), FKDA_ERROR_NO_DEVICE,
               "device_type: CUDA, which cannot be used here: " FORK_MESSAGE);
@@ -707,6 +1090,17 @@ int main(void) {
       cmocka_unit_test(test_default_stream),
       cmocka_unit_test(test_stream_of_another_device),
       cmocka_unit_test(test_failed_launch),
+      cmocka_unit_test(test_capabilities),
+      cmocka_unit_test(test_mixed_devices),
+      cmocka_unit_test(test_sm90_launch),
+      cmocka_unit_test(test_sm90_strides),
+      cmocka_unit_test(test_sm90_alignment),
+      cmocka_unit_test(test_sm90_limits),
+      cmocka_unit_test(test_sm90_forced),
+      cmocka_unit_test(test_sm90_and_portable_refuse),
+      cmocka_unit_test(test_sm90_no_tokens),
+      cmocka_unit_test(test_sm90_failed_map),
+      cmocka_unit_test(test_sm90_old_driver),
       cmocka_unit_test(test_warmup),
       cmocka_unit_test(test_many_threads),
       cmocka_unit_test(test_failed_loading),

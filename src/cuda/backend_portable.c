@@ -2,13 +2,12 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
-#include "cuda/driver.h"
+#include "cuda/backend.h"
 #include "cuda/kernels/portable/params.h"
 #include "cuda/module.h"
 #include "run/backend.h"
 
-#define MINIMUM_CAPABILITY 80 /* compute capability 8.0 */
-#define MAX_BLOCKS INT32_MAX  /* of a one-dimensional grid */
+static const fkda_cuda_capabilities capabilities = {80, FKDA_CUDA_AND_NEWER};
 
 /* ---- the kernels ------------------------------------------------------------------------------------ */
 
@@ -55,69 +54,35 @@ static int32_t decode_kernel(int64_t K, fkda_state_layout layout) {
 
 static bool on_device(const fkda_backend *self, int32_t device_id, char *reason, size_t capacity) {
   (void)self;
-  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, capacity);
-  return driver && fkda_cuda_device_usable(driver, device_id, MINIMUM_CAPABILITY, reason, capacity);
+  return fkda_cuda_on_device(&capabilities, device_id, reason, capacity);
 }
 
-/* Is there any device for us? If not, the first one's reason is given. */
 static bool available(const fkda_backend *self, char *reason, size_t capacity) {
-  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, capacity);
-  if (!driver) return false;
-  for (int32_t i = 0; i < driver->device_count; ++i)
-    if (on_device(self, i, NULL, 0)) return true;
-  return on_device(self, 0, reason, capacity);
+  (void)self;
+  return fkda_cuda_available(&capabilities, reason, capacity);
 }
 
 /* A head's value columns do not depend on one another, so that a block may own a part of them; results
  * are the same to the bit. In prefill each part repeats the factors (8)-(10), which pays where there
- * are too few heads to give every processor one: below two thirds of the processors. A plan is made
- * without a look at the device; 132 are a full Hopper's. */
-#define PROCESSORS 132
+ * are too few heads to give every processor one: below two thirds of the processors. */
 
 static int32_t split_of(const fkda_problem *p) {
-  if (p->op == FKDA_OP_DECODE) return fkda_portable_decode_split(p->N, p->HV, p->V, PROCESSORS);
-  return p->V == 128 && 3 * p->N * p->HV < 2 * (int64_t)PROCESSORS ? 2 : 1;
+  if (p->op == FKDA_OP_DECODE)
+    return fkda_portable_decode_split(p->N, p->HV, p->V, FKDA_CUDA_PROCESSORS);
+  return p->V == 128 && 3 * p->N * p->HV < 2 * (int64_t)FKDA_CUDA_PROCESSORS ? 2 : 1;
 }
-
-static bool is_64_or_128(int64_t size) { return size == 64 || size == 128; }
-
-static bool is_bf16_or_f32(int32_t dtype) { return dtype == FKDA_BF16 || dtype == FKDA_F32; }
 
 static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,
                      size_t capacity) {
   (void)self;
   if (p->op != FKDA_OP_PREFILL && p->op != FKDA_OP_DECODE)
     return fkda_refuse(reason, capacity, "has kernels for prefill and decode only");
-  if (!is_64_or_128(p->K) || !is_64_or_128(p->V))
-    return fkda_refuse(reason, capacity, "K = %lld, V = %lld, expected each 64 or 128",
-                       (long long)p->K, (long long)p->V);
-  if (p->io_dtype != FKDA_BF16)
-    return fkda_refuse(reason, capacity, "q, k, v, out: %s, expected bfloat16",
-                       fkda_dtype_string(p->io_dtype));
-  const struct {
-    const char *name;
-    int32_t dtype; /* FKDA_NONE: absent */
-  } tensors[] = {{"g", p->g.dtype},
-                 {"beta", p->beta.dtype},
-                 {"A_log", p->A_log.dtype},
-                 {"dt_bias", p->dt_bias.dtype},
-                 {"initial_state", p->initial.dtype},
-                 {p->op == FKDA_OP_DECODE ? "state" : "final_state", p->final.dtype},
-                 {"checkpoint_state", p->checkpoints.state.dtype}};
-  for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; ++i)
-    if (tensors[i].dtype != FKDA_NONE && !is_bf16_or_f32(tensors[i].dtype))
-      return fkda_refuse(reason, capacity, "%s: %s, expected bfloat16 or float32", tensors[i].name,
-                         fkda_dtype_string(tensors[i].dtype));
   if (p->op == FKDA_OP_DECODE && p->final.dtype != FKDA_NONE &&
       p->initial.stride_row != p->final.stride_row)
     return fkda_refuse(reason, capacity,
                        "initial_state, state: rows %lld and %lld elements apart, expected the same",
                        (long long)p->initial.stride_row, (long long)p->final.stride_row);
-  const int64_t blocks = p->N * p->HV * split_of(p);
-  if (blocks > MAX_BLOCKS)
-    return fkda_refuse(reason, capacity, "N*HV = %lld*%lld takes %lld blocks, expected at most %d",
-                       (long long)p->N, (long long)p->HV, (long long)blocks, (int)MAX_BLOCKS);
-  return true;
+  return fkda_cuda_supports(p, p->N * p->HV * split_of(p), reason, capacity);
 }
 
 /* ---- planning --------------------------------------------------------------------------------------- */
@@ -157,7 +122,7 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
 
   const bool decode = p->op == FKDA_OP_DECODE;
-  const fkda_portable_params params = {
+  fkda_portable_params params = {
       .problem = *p,
       .value_split = plan->value_split,
       .aligned_q = aligned(&p->q),

@@ -63,7 +63,9 @@ static bool find_functions(void *handle) {
   if (!driver.api.name && !missing) missing = symbol;
   FKDA_CU_LIST(FIND)
 #undef FIND
-  find(handle, "cuFuncLoad", &driver.api.function_load);
+#define FIND(name, symbol, parameters) find(handle, symbol, &driver.api.name);
+  FKDA_CU_OPTIONAL_LIST(FIND)
+#undef FIND
   if (missing) REFUSE("the NVIDIA driver (%s) is too old: it has no %s", library, missing);
   return true;
 }
@@ -177,17 +179,19 @@ const fkda_cuda_driver *fkda_cuda_driver_get(char *reason, size_t capacity) {
   return NULL;
 }
 
-bool fkda_cuda_device_usable(const fkda_cuda_driver *d, int32_t ordinal, int32_t minimum,
-                             char *reason, size_t capacity) {
+bool fkda_cuda_device_usable(const fkda_cuda_driver *d, int32_t ordinal,
+                             const fkda_cuda_capabilities *wanted, char *reason, size_t capacity) {
   if (ordinal < 0 || ordinal >= d->device_count)
     return fkda_refuse(reason, capacity, "device_id: %d, expected 0 to %d (%d CUDA device%s here)",
                        (int)ordinal, (int)d->device_count - 1, (int)d->device_count,
                        d->device_count == 1 ? "" : "s");
   const fkda_cuda_device *device = &d->devices[ordinal];
-  if (device->major * 10 + device->minor < minimum)
+  const int32_t own = device->major * 10 + device->minor;
+  if (own < wanted->first || own > wanted->last)
     return fkda_refuse(reason, capacity,
-                       "device_id: %d (%s) has compute capability %d.%d, expected %d.%d or newer",
+                       "device_id: %d (%s) has compute capability %d.%d, expected %d.%d%s",
                        (int)ordinal, device->name, (int)device->major, (int)device->minor,
-                       (int)(minimum / 10), (int)(minimum % 10));
+                       (int)(wanted->first / 10), (int)(wanted->first % 10),
+                       wanted->last == FKDA_CUDA_AND_NEWER ? " or newer" : "");
   return true;
 }

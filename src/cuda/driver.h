@@ -13,8 +13,8 @@ typedef struct CUmod_st *fkda_cu_module;
 typedef struct CUfunc_st *fkda_cu_function;
 typedef struct CUstream_st *fkda_cu_stream;
 
-/* CUresult, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus, CUstreamCaptureMode: the
- * values used here. */
+/* CUresult, CUdevice_attribute, CUfunction_attribute, CUstreamCaptureStatus, CUstreamCaptureMode,
+ * CUtensorMap...: the values used here. */
 enum {
   FKDA_CU_SUCCESS = 0,
   FKDA_CU_ERROR_NOT_INITIALIZED = 3,
@@ -34,6 +34,13 @@ enum {
   FKDA_CU_CAPTURE_MODE_RELAXED = 2,
 
   FKDA_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
+
+  FKDA_CU_TENSOR_MAP_FLOAT32 = 7,
+  FKDA_CU_TENSOR_MAP_BFLOAT16 = 9,
+  FKDA_CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+  FKDA_CU_TENSOR_MAP_SWIZZLE_128B = 3,
+  FKDA_CU_TENSOR_MAP_L2_PROMOTION_256B = 3,
+  FKDA_CU_TENSOR_MAP_OOB_FILL_NONE = 0,
 };
 
 /* CUlaunchAttribute, of whose union one member is used here, and CUlaunchConfig. */
@@ -54,7 +61,7 @@ typedef struct fkda_cu_launch_config {
   unsigned attribute_count;
 } fkda_cu_launch_config;
 
-/* X(name, symbol, parameters): every driver function the library calls. */
+/* X(name, symbol, parameters): the driver functions without which the library does not work. */
 #define FKDA_CU_LIST(X)                                                                            \
   X(get_error_name, "cuGetErrorName", (int result, const char **text))                             \
   X(get_error_string, "cuGetErrorString", (int result, const char **text))                         \
@@ -81,12 +88,19 @@ typedef struct fkda_cu_launch_config {
     (const fkda_cu_launch_config *config, fkda_cu_function function, void **parameters,            \
      void **extra))
 
+/* Those that older drivers lack: NULL there. CUDA 12.4; 12.0. */
+#define FKDA_CU_OPTIONAL_LIST(X)                                                                   \
+  X(function_load, "cuFuncLoad", (fkda_cu_function function))                                      \
+  X(tensor_map_encode_tiled, "cuTensorMapEncodeTiled",                                             \
+    (void *map, int data_type, uint32_t rank, void *address, const uint64_t *sizes,                \
+     const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,                \
+     int interleave, int swizzle, int l2_promotion, int oob_fill))
+
 typedef struct fkda_cu_api {
 #define FKDA_CU_MEMBER(name, symbol, parameters) int(*name) parameters;
   FKDA_CU_LIST(FKDA_CU_MEMBER)
+  FKDA_CU_OPTIONAL_LIST(FKDA_CU_MEMBER)
 #undef FKDA_CU_MEMBER
-  int (*function_load)(
-      fkda_cu_function function); /* cuFuncLoad, CUDA 12.4; NULL in older drivers */
 } fkda_cu_api;
 
 typedef struct fkda_cuda_device {
@@ -108,9 +122,15 @@ typedef struct fkda_cuda_driver {
  * most `capacity` bytes are written (none for capacity 0). */
 const fkda_cuda_driver *fkda_cuda_driver_get(char *reason, size_t capacity);
 
-/* Can `ordinal` run kernels of compute capability `minimum` (80 for 8.0) and newer? */
-bool fkda_cuda_device_usable(const fkda_cuda_driver *driver, int32_t ordinal, int32_t minimum,
-                             char *reason, size_t capacity);
+/* Compute capabilities, 80 for 8.0. */
+typedef struct fkda_cuda_capabilities {
+  int32_t first, last;
+} fkda_cuda_capabilities;
+#define FKDA_CUDA_AND_NEWER INT32_MAX /* as `last` */
+
+/* Is there a device `ordinal`, of one of these capabilities? */
+bool fkda_cuda_device_usable(const fkda_cuda_driver *driver, int32_t ordinal,
+                             const fkda_cuda_capabilities *wanted, char *reason, size_t capacity);
 
 /* Is this a child forked after the driver was started? CUDA does not work there. */
 bool fkda_cuda_forked(void);

@@ -52,7 +52,7 @@ static void leave(const fkda_cuda_driver *d, bool pushed) {
 
 /* ---- loading ---------------------------------------------------------------------------------------- */
 
-static const void *image_data(const char *name) {
+const void *fkda_cuda_image_of(const char *name) {
   const fkda_cuda_image *image = fkda_cuda_images;
   while (image->name && strcmp(image->name, name) != 0) ++image;
   return image->data;
@@ -67,7 +67,7 @@ static fkda_status module_of(const fkda_cuda_driver *d, const fkda_cuda_kernels 
       return FKDA_OK;
     }
   const char *name = kernels->kernels[i].image;
-  const void *data = image_data(name);
+  const void *data = fkda_cuda_image_of(name);
   if (!data) return fkda_fail(FKDA_ERROR_INTERNAL, "%s: not in this build", name);
   const int result = d->api.module_load_data(&modules[i], data);
   return result ? fkda_cuda_fail(d, result, name) : FKDA_OK;
@@ -192,7 +192,8 @@ fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda
   bool pushed;
   TRY(get(driver, kernels, device_id, launch, &l));
   TRY(enter(driver, l->context, &pushed));
-  void *parameters[] = {(void *)(uintptr_t)launch->params};
+  const fkda_status status = launch->prepare ? launch->prepare(driver, launch->params) : FKDA_OK;
+  void *parameters[] = {launch->params};
   fkda_cu_launch_attribute early = {.id = FKDA_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
                                     .value.programmatic_stream_serialization_allowed = 1};
   const fkda_cu_launch_config config = {
@@ -203,9 +204,11 @@ fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda
       .attributes = &early,
       .attribute_count = launch->waits && can_start_early(driver, device_id),
   };
-  const int result =
-      driver->api.launch_kernel(&config, l->kernel[launch->kernel].function, parameters, NULL);
+  const int result = status ? FKDA_CU_SUCCESS
+                            : driver->api.launch_kernel(&config, l->kernel[launch->kernel].function,
+                                                        parameters, NULL);
   leave(driver, pushed);
+  if (status) return status;
   const char *entry = kernels->kernels[launch->kernel].entry;
   if (result == FKDA_CU_ERROR_INVALID_HANDLE)
     return fkda_fail(

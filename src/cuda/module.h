@@ -31,12 +31,17 @@ typedef struct fkda_cuda_kernels {
 typedef struct fkda_cuda_launch {
   int32_t kernel; /* index into kernels */
   uint32_t blocks, threads;
-  const void *params; /* the kernel's one parameter, by value */
+  void *params; /* the kernel's one parameter, by value */
   void *stream;
   /* The kernel itself waits for what is before it in the stream (griddepcontrol.wait), and may be started
    * while that is ending. Heeded where device and driver can do it, in graphs too. */
   bool waits;
+  /* What of params is to be made in the device's context; NULL: nothing. Its failure is the launch's. */
+  fkda_status (*prepare)(const fkda_cuda_driver *driver, void *params);
 } fkda_cuda_launch;
+
+/* The image of that name; NULL if this build has none. */
+const void *fkda_cuda_image_of(const char *name);
 
 /* Loads the kernels on a device if that has not happened yet. */
 fkda_status fkda_cuda_kernels_load(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,

@@ -77,8 +77,10 @@ static bool row_wanted(const fkda_backend *row, const request *r, char *reason, 
 /* Does it run on this machine, and on the problem's device there? */
 static bool row_has_device(int32_t index, const fkda_problem *p, char *reason, size_t capacity) {
   const fkda_backend *row = fkda_backend_at(index);
-  return fkda_backend_usable(index, reason, capacity) &&
-         (!row->on_device || row->on_device(row, p->device_id, reason, capacity));
+  const bool usable = fkda_backend_usable(index, reason, capacity);
+  if (!usable && !capacity) return false;
+  /* also where the row is of no use: this device's own reason says more than another's */
+  return (!row->on_device || row->on_device(row, p->device_id, reason, capacity)) && usable;
 }
 
 /* Could it run the problem? */
@@ -91,12 +93,19 @@ static bool row_able(int32_t index, const fkda_problem *p, char *reason, size_t 
   return row_has_device(index, p, reason, capacity) && row->supports(row, p, reason, capacity);
 }
 
+/* "name, name: reason; ", of rows that refuse for the same reason. */
+static void add_refusal(fkda_text *text, const char *names, const char *reason) {
+  if (text->length) fkda_text_add(text, "; ");
+  if (*names) fkda_text_add(text, "%s: ", names);
+  fkda_text_add(text, "%s", reason);
+}
+
 /* No row can: say of each that was wanted why. Rows of other devices only where they were asked for. */
 static fkda_status fail_unsupported(const fkda_problem *p, const request *r) {
-  char reasons[1536] = "";
-  fkda_text text = {reasons, sizeof reasons, 0};
+  char reasons[1536] = "", buffer[128] = "", last[FKDA_REASON_CAPACITY] = "";
+  fkda_text text = {reasons, sizeof reasons, 0}, names = {buffer, sizeof buffer, 0};
   const fkda_backend *row;
-  bool device_known = false, device_here = p->device_type == FKDA_DEVICE_CPU;
+  bool device_known = false, device_here = p->device_type == FKDA_DEVICE_CPU, any = false;
   for (int32_t i = 0; (row = fkda_backend_at(i)) != NULL; ++i) {
     char reason[FKDA_REASON_CAPACITY] = "";
     const bool same_device = row->device_type == p->device_type;
@@ -104,12 +113,17 @@ static fkda_status fail_unsupported(const fkda_problem *p, const request *r) {
     if (!row_wanted(row, r, NULL, 0) || (!same_device && !r->backend)) continue;
     device_here |= !same_device || row_has_device(i, p, NULL, 0);
     (void)row_able(i, p, reason, sizeof reason);
-    if (text.length) fkda_text_add(&text, "; ");
-    if (r->backend && strcmp(r->backend, row->name) == 0)
-      fkda_text_add(&text, "%s", reason);
-    else
-      fkda_text_add(&text, "%s: %s", row->name, reason);
+    const bool named = !r->backend || strcmp(r->backend, row->name) != 0;
+    if (any && strcmp(reason, last) != 0) {
+      add_refusal(&text, buffer, last);
+      names.length = 0;
+      buffer[0] = 0;
+    }
+    if (named) fkda_text_add(&names, "%s%s", names.length ? ", " : "", row->name);
+    memcpy(last, reason, sizeof last);
+    any = true;
   }
+  if (any) add_refusal(&text, buffer, last);
   if (!device_known && !r->backend)
     return fkda_fail(FKDA_ERROR_UNSUPPORTED,
                      "device_type: %s, expected CPU (this build has no kernels for %s)",

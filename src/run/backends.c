@@ -5,13 +5,14 @@
 #include <stdatomic.h>
 #include <stdio.h>
 
-extern const fkda_backend fkda_backend_cuda_portable;
+extern const fkda_backend fkda_backend_cuda_sm90, fkda_backend_cuda_portable;
 extern const fkda_backend fkda_backend_cpu_avx512, fkda_backend_cpu_avx2, fkda_backend_cpu_neon,
     fkda_backend_cpu_scalar, fkda_backend_reference;
 
 /* clang-format off */
 static const fkda_backend *const backends[] = {
 #if FKDA_WITH_CUDA
+    &fkda_backend_cuda_sm90,
     &fkda_backend_cuda_portable,
 #endif
 #if defined(__x86_64__)

@@ -1,0 +1,173 @@
+/* The helper warps: copies in and out, and solvers. */
+#ifndef FKDA_CUDA_SM90_HELPERS_CUH
+#define FKDA_CUDA_SM90_HELPERS_CUH
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "cuda/kernels/sm90/shared.cuh"
+#include "cuda/kernels/sm90/solver.cuh"
+
+namespace fkda {
+
+__device__ __forceinline__ void load_box(const fkda_tensor_map &map, const Barrier &full, void *to,
+                                         int channel, int64_t token, int head, int64_t b) {
+  const uint64_t once = 0x12F0000000000000; /* cache hint: evict first */
+  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t *>(const_cast<Barrier *>(&full)), once, to,
+                               channel, (int32_t)token, head, (int32_t)b);
+}
+
+/* ---- the loader: one warp that publishes tasks and copies their q, k and g in ------------------------------ */
+
+__device__ __forceinline__ bool is_sorted(const fkda_problem &p) { return p.cu_seqlens.data && p.N <= MAX_SORTED; }
+
+/* The block's i-th task; n < 0 if there is none. Tasks are dealt to blocks back and forth, longest first. */
+template <class S>
+__device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t i) {
+  const fkda_problem &p = params.problem;
+  const int64_t per_sequence = p.HV * params.value_split;
+  const int64_t position = i * gridDim.x + (i & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  if (position >= p.N * per_sequence) {
+    Task none;
+    none.n = -1;
+    none.chunks = 0;
+    return none;
+  }
+  int64_t n = position / per_sequence;
+  const int within = (int)(position - n * per_sequence), head = within / params.value_split;
+  if (is_sorted(p)) n = shared.order[n];
+  Task task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
+  if (task.skip) task.chunks = 0;
+  return task;
+}
+
+template <class S>
+__device__ void run_loader(const fkda_sm90_params &params, Shared<S> &shared) {
+  if (fresh_lane() != 0) return;
+  Ring<S::SLOTS> ring;
+  int count = 0;
+#pragma unroll 1
+  for (int i = 0;; ++i) {
+    Task &task = shared.tasks[i % TASKS];
+    if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
+    task = deal_task(params, shared, i);
+    arrive(shared.task_full[i % TASKS]);
+    if (task.n < 0) break;
+    const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
+    int64_t token = task.begin;
+#pragma unroll 1
+    for (int left = task.chunks; left > 0; --left, ring.next(), token += CHUNK) {
+      const Barrier &full = shared.slot_full[ring.stage];
+      if (count < S::SLOTS)
+        ++count;
+      else
+        wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
+      full.arrive_and_expect_tx(S::GATE_BYTES == 2 ? S::SLOT : S::SLICES * 4 * TILE);
+      char *slot = shared.slots[ring.stage];
+#pragma unroll
+      for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
+        load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
+        load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
+        if (S::GATE_BYTES == 2) {
+          load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
+        } else {
+          load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
+          load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
+        }
+      }
+    }
+  }
+}
+
+/* ---- one warp for v in and, from its place, o out --------------------------------------------------------- */
+
+template <class S>
+struct ValueMover {
+  const fkda_sm90_params &params;
+  Shared<S> &shared;
+  int in_task = -1, in_chunk = 0, in_count = 0, in_chunks = 0; /* the next v to load, among all of the block */
+  int out_count = 0;                                           /* chunks whose o is on its way */
+
+  __device__ ValueMover(const fkda_sm90_params &params, Shared<S> &shared) : params(params), shared(shared) {}
+
+  /* Loads v for every place that is free: all but the last store have been read. Goes on to tasks that are
+   * published, and waits for none. */
+  __device__ void load() {
+    while (in_count < (out_count ? out_count - 1 : 0) + S::VALUES) {
+      if (in_chunk == in_chunks) {
+        const int next = in_task + 1;
+        if (!shared.task_full[next % TASKS].try_wait(next / TASKS & 1)) return;
+        if (shared.tasks[next % TASKS].n < 0) return;
+        in_task = next, in_chunk = 0, in_chunks = shared.tasks[next % TASKS].chunks;
+        continue;
+      }
+      if (fresh_lane() == 0) {
+        const Task &task = shared.tasks[in_task % TASKS];
+        const int stage = in_count % S::VALUES;
+        const Barrier &full = shared.value_full[stage];
+        full.arrive_and_expect_tx(S::VALUE);
+#pragma unroll
+        for (int i = 0; i < S::STATE_GROUPS; ++i)
+          load_box(params.v, full, shared.values[stage] + i * TILE, task.v_begin + 64 * i,
+                   task.begin + in_chunk * CHUNK, task.head, task.b);
+      }
+      ++in_chunk, ++in_count;
+    }
+  }
+
+  __device__ void store(const Task &task, int chunk) {
+    const char *tiles = shared.values[out_count % S::VALUES];
+    const int left = task.length - chunk * CHUNK;
+    if (left >= CHUNK) {
+      if (fresh_lane() == 0) {
+#pragma unroll
+        for (int i = 0; i < S::STATE_GROUPS; ++i)
+          cute::SM90_TMA_STORE_4D::copy(&params.out, tiles + i * TILE, task.v_begin + 64 * i,
+                                        (int32_t)(task.begin + chunk * CHUNK), task.head, (int32_t)task.b);
+      }
+    } else { /* the rows behind belong to another sequence */
+      const fkda_rows &rows = params.problem.out;
+      bf16 *to = static_cast<bf16 *>(rows.data) + first_row(rows, task, task.head) +
+                 (int64_t)chunk * CHUNK * rows.stride_t + task.v_begin;
+#pragma unroll 1
+      for (int i = fresh_lane(); i < left * (S::V / 8); i += 32) {
+        const int row = i / (S::V / 8), piece = i % (S::V / 8);
+        *reinterpret_cast<uint4 *>(to + row * rows.stride_t + piece * 8) =
+            *reinterpret_cast<const uint4 *>(tiles + piece / 8 * TILE + in_tile(row, piece % 8 * 8));
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ void run() {
+    each_task(shared, [&](const Task &task) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < task.chunks; ++chunk) {
+        load();
+        wait_idly(shared.value_out[out_count % S::VALUES], out_count / S::VALUES & 1);
+        store(task, chunk);
+        ++out_count;
+        if (fresh_lane() == 0) {
+          cute::tma_store_arrive();
+          cute::tma_store_wait<1>();
+        }
+        __syncwarp();
+      }
+    });
+    if (fresh_lane() == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void run_helpers(const fkda_sm90_params &params, Shared<S> &shared) {
+  const int warp = threadIdx.x / 32 & 3;
+  if (warp < SOLVERS)
+    solve<S>(shared, warp);
+  else if (warp == SOLVERS)
+    run_loader<S>(params, shared);
+  else
+    ValueMover<S>(params, shared).run();
+}
+
+}  // namespace fkda
+
+#endif

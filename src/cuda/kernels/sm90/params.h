@@ -1,0 +1,43 @@
+/* What the host hands to an sm90 kernel, by value, and how it launches it. Plain C, shared by launcher and
+ * kernels, so that neither has a number of its own. */
+#ifndef FKDA_CUDA_SM90_PARAMS_H
+#define FKDA_CUDA_SM90_PARAMS_H
+
+#include "check/problem.h"
+
+/* A CUtensorMap: how the copy engine walks a tensor. */
+typedef struct fkda_tensor_map {
+#ifdef __cplusplus
+  alignas(64) uint64_t opaque[16];
+#else
+  _Alignas(64) uint64_t opaque[16];
+#endif
+} fkda_tensor_map;
+
+typedef struct fkda_sm90_params {
+  /* [B,T,heads,dim] as (dim, T, heads, B), boxes of 32 tokens and 128 bytes, 128-byte swizzle. Zeros
+   * where there is no token. */
+  fkda_tensor_map q, k, g, v, out;
+  fkda_problem problem;
+  int32_t value_split; /* blocks that share a head's V; a block's part is V / value_split columns */
+} fkda_sm90_params;
+
+/* Grids are one-dimensional: a block does tasks, (n * HV + head) * value_split + part, one after the other. */
+
+#define FKDA_SM90_CHUNK 32      /* tokens a chunk */
+#define FKDA_SM90_BOX_BYTES 128 /* a box's row: one swizzle period */
+
+/* X(K, part, dtype of g, suffix): K channels, `part` value columns a block. The entry point is
+ * fkda_sm90_prefill_k<K>_v<part><suffix>. */
+/* clang-format off */
+#define FKDA_SM90_PREFILL_LIST(X)                                                                  \
+  X(64, 64, FKDA_BF16, ) X(64, 128, FKDA_BF16, ) X(128, 64, FKDA_BF16, ) X(128, 128, FKDA_BF16, ) \
+  X(64, 64, FKDA_F32, _g32) X(64, 128, FKDA_F32, _g32)                                             \
+  X(128, 64, FKDA_F32, _g32) X(128, 128, FKDA_F32, _g32)
+/* clang-format on */
+
+/* Of every prefill kernel: five warpgroups, and all the shared memory that a block can have. */
+#define FKDA_SM90_PREFILL_THREADS 640
+#define FKDA_SM90_PREFILL_SHARED 232448
+
+#endif

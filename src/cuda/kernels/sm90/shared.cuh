@@ -1,0 +1,193 @@
+/* Shared memory of an sm90 prefill block: what lies where, and who hands what to whom.
+ *
+ *   ring      stages  filled by            drained by
+ *   slots     SLOTS   copy engine: q k g   a factor group in place, then state groups
+ *   values    VALUES  copy engine: v       state groups, which leave o there for the copy engine
+ *   handover  HANDOVERS factor groups      state groups
+ *
+ *   tasks     TASKS   the loader           everybody else
+ *
+ * Every stage of a ring has an mbarrier for "full" and one for "free"; the n-th use of a stage waits for
+ * the n-th completion, whose parity is n & 1. Rings run on from task to task: while the state groups finish one,
+ * the others work on the next.
+ */
+#ifndef FKDA_CUDA_SM90_SHARED_CUH
+#define FKDA_CUDA_SM90_SHARED_CUH
+
+#include <cutlass/arch/barrier.h>
+
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/sm90/params.h"
+
+namespace fkda {
+
+constexpr int CHUNK = FKDA_SM90_CHUNK;
+constexpr int HALF = CHUNK / 2;                        /* tokens on either side of the anchor */
+constexpr int TILE = CHUNK * FKDA_SM90_BOX_BYTES;      /* 32 tokens of 64 channels, swizzled by 128 bytes */
+constexpr int SQUARE = CHUNK * CHUNK * (int)sizeof(bf16); /* 32 rows of 64 bytes, swizzled by 64 bytes */
+
+constexpr int TASKS = 8;
+constexpr int MAX_SORTED = 1024; /* sequences; more are taken as they come */
+constexpr int SOLVERS = 2; /* warps, on alternate chunks */
+
+template <int K_, int V_, int GATE_BYTES_>
+struct Shape {
+  static constexpr int K = K_, V = V_;                /* V: value columns of the block */
+  static constexpr int GATE_BYTES = GATE_BYTES_;      /* of an element of g: 2 or 4 */
+  static constexpr int STATE_GROUPS = V / 64; /* warpgroups */
+  static constexpr int FACTOR_GROUPS = STATE_GROUPS == 2 ? 2 : 3;
+  static constexpr int THREADS = 128 * (STATE_GROUPS + FACTOR_GROUPS + 1);
+  static constexpr int FIRST_FACTOR = 128 * STATE_GROUPS;
+  static constexpr int FIRST_HELPER = FIRST_FACTOR + 128 * FACTOR_GROUPS;
+  static constexpr int STATE_WARPS = 4 * STATE_GROUPS;
+  static constexpr int CONSUMER_WARPS = STATE_WARPS + 4 * FACTOR_GROUPS + SOLVERS + 1; /* of tasks */
+  static constexpr int SLOTS = GATE_BYTES == 2 || K == 64 ? 6 : 4, VALUES = SLOTS / 2, HANDOVERS = SLOTS / 2;
+  static constexpr int SLICES = K / 64;      /* of 64 channels: tiles of k, q, g one after the other */
+  static constexpr int SLICE = GATE_BYTES == 2 ? 3 * TILE : 5 * TILE;
+  static constexpr int SLOT = SLICES * SLICE;
+  static constexpr int VALUE = STATE_GROUPS * TILE;
+  /* setmaxnreg: the sum over warpgroups is at most their number times what a thread starts with, 96 or 128 */
+  static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? 160 : 176;
+  static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? 56 : 80;
+  static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? 48 : 64;
+};
+
+/* Offsets of the tiles of a slice. K^ replaces a g of bf16; one of f32 comes in two tiles of its own. */
+constexpr int SLICE_K = 0, SLICE_Q = TILE, SLICE_G = 2 * TILE, SLICE_G32 = 3 * TILE;
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+template <class S>
+struct Shared {
+  /* (9): T = diag(r) (I + A)^-1 diag(beta) as two bf16 parts, [j][i], r_i = 1/|k_i| or 1; P [i][j] */
+  struct Handover {
+    char T_high[SQUARE], T_low[SQUARE], P[SQUARE];
+    float to_anchor[S::K], to_end[S::K]; /* e^m, e^{G_C-m} */
+    float norm_k[CHUNK], norm_q[CHUNK];  /* r, and scale/|q| (1) or scale */
+    float column[CHUNK];                 /* r beta */
+    float unused[32];                    /* squares begin at multiples of 512 bytes */
+  };
+  struct Tokens {                /* of a factor group: */
+    float square[S::SLICES][CHUNK]; /* each slice's part of |q|^2 */
+    float beta[CHUNK];           /* (3) */
+  };
+  char slots[S::SLOTS][S::SLOT];
+  char values[S::VALUES][S::VALUE];
+  Handover handover[S::HANDOVERS];
+  Tokens tokens[S::FACTOR_GROUPS][2]; /* on alternate chunks of the group */
+  float L[SOLVERS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
+  Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
+  Barrier L_full[SOLVERS], L_free[SOLVERS];
+  Barrier value_full[S::VALUES], value_out[S::VALUES];
+  Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
+  Barrier task_full[TASKS], task_free[TASKS];
+  Task tasks[TASKS]; /* n < 0: there is none any more */
+  uint16_t order[MAX_SORTED]; /* sequences, longest first */
+};
+
+
+/* The place in a ring: stage, and the parity that tells its uses apart. */
+template <int STAGES>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next(int by = 1) {
+    stage += by;
+    if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+  }
+};
+
+/* A place in a ring of SLOTS is one in a ring of half as many. */
+template <int STAGES>
+__device__ __forceinline__ Ring<STAGES / 2> half_of(const Ring<STAGES> &ring) {
+  const bool second = ring.stage >= STAGES / 2;
+  return {ring.stage - (second ? STAGES / 2 : 0), second};
+}
+
+/* The compiler may move memory accesses across neither of these. */
+__device__ __forceinline__ void wait(const Barrier &barrier, uint32_t parity) {
+  barrier.wait(parity);
+  asm volatile("" ::: "memory");
+}
+__device__ __forceinline__ void arrive(const Barrier &barrier) {
+  asm volatile("" ::: "memory");
+  barrier.arrive();
+}
+/* The same for a warp that nobody hurries: it leaves the issue slots to others meanwhile. */
+__device__ __forceinline__ void wait_idly(const Barrier &barrier, uint32_t parity) {
+  while (!barrier.try_wait(parity)) __nanosleep(20);
+  asm volatile("" ::: "memory");
+}
+/* One arrival for the warp. */
+__device__ __forceinline__ void arrive_warp(const Barrier &barrier) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) arrive(barrier);
+}
+/* Ordinary stores before, tensor cores or the copy engine after a barrier that follows. */
+__device__ __forceinline__ void fence_async() { cutlass::arch::fence_view_async_shared(); }
+
+/* Calls visit(task) for every task of the block, in a warp that is one of CONSUMER_WARPS. */
+template <class S, class Visit>
+__device__ __forceinline__ void each_task(Shared<S> &shared, Visit visit) {
+#pragma unroll 1
+  for (int i = 0;; ++i) {
+    wait(shared.task_full[i % TASKS], i / TASKS & 1);
+    const Task &task = shared.tasks[i % TASKS];
+    if (task.n < 0) break;
+    if (!task.skip) visit(task);
+    arrive_warp(shared.task_free[i % TASKS]);
+  }
+}
+
+__device__ __forceinline__ uint32_t address(const void *shared) {
+  return (uint32_t)__cvta_generic_to_shared(shared);
+}
+__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at));
+  return x;
+}
+__device__ __forceinline__ float2 load_shared_pair(uint32_t at) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at));
+  return x;
+}
+__device__ __forceinline__ void load_matrices(uint32_t at, uint32_t (&r)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at));
+}
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+/* Tells the compiler that a warp has one value: addresses of tensor operands then live in uniform registers. */
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+/* The lane or warp, opaque: what is computed from it is made anew where it is needed, not held in a register. */
+__device__ __forceinline__ int fresh_lane() {
+  int lane = threadIdx.x & 31;
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+__device__ __forceinline__ int fresh_warp() {
+  int warp = threadIdx.x / 32;
+  asm volatile("" : "+r"(warp));
+  return warp;
+}
+
+/* Byte offsets of element (row, column) of bf16. */
+__device__ __forceinline__ int in_tile(int row, int column) {
+  return row * 128 + (((column >> 3) ^ (row & 7)) << 4) + (column & 7) * 2;
+}
+__device__ __forceinline__ int in_square(int row, int column) {
+  return row * 64 + (((column >> 3) ^ ((row >> 1) & 3)) << 4) + (column & 7) * 2;
+}
+
+}  // namespace fkda
+
+#endif

@@ -1,0 +1,165 @@
+/* The solver warps: T = (I - L)^-1 of a chunk, L strictly lower, 32 x 32, f32. */
+#ifndef FKDA_CUDA_SM90_SOLVER_CUH
+#define FKDA_CUDA_SM90_SOLVER_CUH
+
+#include <cute/arch/mma_sm80.hpp>
+
+#include "cuda/kernels/sm90/shared.cuh"
+
+namespace fkda {
+
+/* Operands of m16n8k16 as two bf16 parts, so that products keep 16 bits. */
+template <int N>
+struct Split {
+  uint32_t high[N], low[N];
+  __device__ __forceinline__ void set(int i, float a, float b) {
+    high[i] = pack(a, b);
+    low[i] = pack_rest(a, b, high[i]);
+  }
+  __device__ __forceinline__ void clear(int i) { high[i] = low[i] = 0; }
+};
+
+__device__ __forceinline__ void multiply_split(float (&d)[4], const Split<4> &a, const Split<2> &b) {
+  using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+  float e[4] = {0, 0, 0, 0};
+  d[0] = d[1] = d[2] = d[3] = 0;
+  Mma::fma(e[0], e[1], e[2], e[3], a.low[0], a.low[1], a.low[2], a.low[3], b.high[0], b.high[1], e[0], e[1],
+           e[2], e[3]);
+  Mma::fma(d[0], d[1], d[2], d[3], a.high[0], a.high[1], a.high[2], a.high[3], b.high[0], b.high[1], d[0], d[1],
+           d[2], d[3]);
+  Mma::fma(e[0], e[1], e[2], e[3], a.high[0], a.high[1], a.high[2], a.high[3], b.low[0], b.low[1], e[0], e[1],
+           e[2], e[3]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += e[i];
+}
+
+/* By blocks: the four 8 x 8 on the diagonal by forward substitution, a column a lane; then, for 8 and for 16,
+ * T21 = T22 L21 T11 as (T11^T L21^T) T22^T, whose first product has the layout of the second's operand.
+ * Columns of T take the place of L: T[i][j] lies at L[j][i] within diagonal blocks. Leaves T_ij r_j beta_j. */
+template <class H>
+__device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int lane) {
+  const uint32_t T_high = address(to.T_high), T_low = address(to.T_low);
+  const auto store_pair = [&](int i, int j, float a, float b) { /* T[i][j], T[i + 1][j] */
+    const float scale = to.column[j];
+    const uint32_t high = pack(a * scale, b * scale);
+    store_shared(T_high + in_square(j, i), high);
+    store_shared(T_low + in_square(j, i), pack_rest(a * scale, b * scale, high));
+  };
+  {
+    const int block = lane & 24, c = lane & 7;
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = i == c ? 1.0f : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; j += 4)
+#pragma unroll
+      for (int i = j + 1; i < 8; ++i) {
+        const float4 row = *reinterpret_cast<const float4 *>(&L[block + i][block + j]);
+        x[i] = fmaf(row.x, x[j], x[i]);
+        if (i > j + 1) x[i] = fmaf(row.y, x[j + 1], x[i]);
+        if (i > j + 2) x[i] = fmaf(row.z, x[j + 2], x[i]);
+        if (i > j + 3) x[i] = fmaf(row.w, x[j + 3], x[i]);
+      }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+      *reinterpret_cast<float4 *>(&L[lane][block + i]) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    const float scale = to.column[lane];
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float a = x[2 * i] * scale, b = x[2 * i + 1] * scale;
+      high[i] = pack(a, b);
+      low[i] = pack_rest(a, b, high[i]);
+    }
+    store_shared(T_high + in_square(lane, block), high[0], high[1], high[2], high[3]);
+    store_shared(T_low + in_square(lane, block), low[0], low[1], low[2], low[3]);
+  }
+  __syncwarp();
+  const int g = lane >> 2, t = 2 * (lane & 3);
+  const auto pair_at = [&](int row, int column) { return *reinterpret_cast<const float2 *>(&L[row][column]); };
+  { /* two pairs of 8 at once: the one in rows and k 0-7 of the product, the other in 8-15 */
+    Split<4> a;
+    Split<2> b;
+    a.clear(1), a.clear(2);
+    float y[4];
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const float2 T11 = pair_at(16 * pair + g, 16 * pair + t), L21 = pair_at(16 * pair + 8 + g, 16 * pair + t);
+      a.set(3 * pair, T11.x, T11.y);
+      b.set(pair, L21.x, L21.y);
+    }
+    multiply_split(y, a, b);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      a.set(3 * pair, y[2 * pair], y[2 * pair + 1]);
+      const int first = 16 * pair + 8;
+      b.set(pair, L[first + t][first + g], L[first + t + 1][first + g]);
+    }
+    multiply_split(y, a, b);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      *reinterpret_cast<float2 *>(&L[16 * pair + g][16 * pair + 8 + t]) =
+          make_float2(y[2 * pair], y[2 * pair + 1]);
+      store_pair(16 * pair + 8 + t, 16 * pair + g, y[2 * pair], y[2 * pair + 1]);
+    }
+  }
+  __syncwarp();
+  {
+    Split<4> a;
+    const float2 a0 = pair_at(g, t), a2 = pair_at(g, 8 + t), a3 = pair_at(8 + g, 8 + t);
+    a.set(0, a0.x, a0.y), a.clear(1), a.set(2, a2.x, a2.y), a.set(3, a3.x, a3.y);
+    float y[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      Split<2> b;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 L21 = pair_at(16 + 8 * n + g, t + 8 * i);
+        b.set(i, L21.x, L21.y);
+      }
+      multiply_split(y[n], a, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.set(i, y[i >> 1][2 * (i & 1)], y[i >> 1][2 * (i & 1) + 1]);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      Split<2> b;
+      b.set(0, L[16 + t][16 + 8 * n + g], L[16 + t + 1][16 + 8 * n + g]);
+      if (n)
+        b.set(1, L[24 + t][24 + g], L[24 + t + 1][24 + g]);
+      else
+        b.clear(1); /* above T's diagonal */
+      float z[4];
+      multiply_split(z, a, b);
+      store_pair(16 + 8 * n + t, g, z[0], z[1]);
+      store_pair(16 + 8 * n + t, g + 8, z[2], z[3]);
+    }
+  }
+}
+
+/* A warp: every SOLVERS-th chunk. */
+template <class S>
+__device__ void solve(Shared<S> &shared, int solver) {
+  Ring<S::SLOTS> ring;
+  ring.next(solver);
+  int chunk = solver;   /* of its task; may lie beyond it, in the next */
+  uint32_t parity = 0;
+  each_task(shared, [&](const Task &task) {
+#pragma unroll 1
+    for (; chunk < task.chunks; chunk += SOLVERS, ring.next(SOLVERS), parity ^= 1) {
+      const int lane = fresh_lane();
+      const Ring<S::HANDOVERS> out = half_of(ring);
+      wait_idly(shared.L_full[solver], parity);
+      invert(shared.L[solver], shared.handover[out.stage], lane);
+      fence_async();
+      arrive_warp(shared.L_free[solver]);
+      if (lane == 0) arrive(shared.handover_full[out.stage]);
+    }
+    chunk -= task.chunks;
+  });
+}
+
+}  // namespace fkda
+
+#endif
