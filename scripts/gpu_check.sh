@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every check that wants a GPU, and a summary of them: the case table on the CUDA backend, the Python tests
-# on CUDA tensors, compute-sanitizer's four tools over a few small cases of each kind. Without a GPU it
+# Every check that wants a GPU, and a summary of them: the case table on every CUDA backend that this GPU can
+# run, the Python tests on CUDA tensors, compute-sanitizer's four tools over a few small cases of each kind. Without a GPU it
 # says so and does nothing. Exit status 1 if anything failed.
 #
 #   scripts/gpu_check.sh [SUMMARY.json]     default build/gpu-check.json; logs in build/gpu-check/
@@ -15,7 +15,6 @@ cd "$(dirname "$0")/.." || exit 1
 summary=${1:-build/gpu-check.json}
 case $summary in /*) ;; *) [ $# -eq 0 ] || summary=$here/$summary ;; esac
 python=${PYTHON:-python3}
-backend=portable
 
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
   echo "gpu-check: skipped, no NVIDIA GPU here"
@@ -44,9 +43,13 @@ export PYTHONPATH=$build/python FLASHKDA_TOOL=$build/flashkda
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem \
   --format=csv,noheader,nounits -i 0 >$logs/device.csv
 
-title "case table on $backend"
 "$FLASHKDA_TOOL" info | sed -n '/^backends/,/^$/p'
-timeout 180 "$FLASHKDA_TOOL" check --backend $backend --json >$logs/check.json
+backends=$("$FLASHKDA_TOOL" info | sed -n 's/^  \([a-z0-9-]*\)  *available$/\1/p' |
+  grep -vE '^(cpu-.*|reference)$' | paste -sd,)
+[ -n "$backends" ] || { echo "gpu-check: no backend runs on this GPU"; exit 1; }
+
+title "case table on $backends"
+timeout 300 "$FLASHKDA_TOOL" check --backend "$backends" --json >$logs/check.json
 
 title "Python tests"
 tests=(tests/python/test_{cuda,torch_cuda,sglang,vllm,transformers,examples}.py) # of the latter what has "cuda" in its name
@@ -71,15 +74,15 @@ patterns=()
 for name in "${cases[@]}"; do patterns+=(--case "$name"); done
 for tool in memcheck racecheck initcheck synccheck; do
   title "$tool"
-  timeout 90 "$sanitizer" --tool $tool --log-file $logs/$tool.log \
-    "$FLASHKDA_TOOL" check --backend $backend --no-guards "${patterns[@]}" --json >$logs/$tool.json
+  timeout 150 "$sanitizer" --tool $tool --log-file $logs/$tool.log \
+    "$FLASHKDA_TOOL" check --backend "$backends" --no-guards "${patterns[@]}" --json >$logs/$tool.json
   echo $? >$logs/$tool.status
   tail -n 1 $logs/$tool.log
 done
 
 title summary
 commit=${FLASHKDA_COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
-"$python" scripts/gpu_summary.py --backend $backend --commit "$commit" --sanitized ${#cases[@]} \
+"$python" scripts/gpu_summary.py --backends "$backends" --commit "$commit" --sanitized ${#cases[@]} \
   $logs "$summary"
 status=$?
 echo "gpu-check: ${SECONDS} s, $summary"

@@ -78,6 +78,8 @@ expect 2 make -o "$dir/x" --dtype int32
 expect 2 make -o "$dir/x" --gate soft
 expect 2 make -o "$dir/x" --heads 3 --value-heads 4
 expect 2 check --backend nonsense
+expect 2 check --backend reference,nonsense
+expect 2 check --backend reference,
 expect 2 check --case 'no/such*'
 expect 2 check --case 'gate/*' --save "$dir/x"
 expect 2 bench --preset nonsense
@@ -166,6 +168,11 @@ expect 0 check --list --case 'shapes/T1_f32' --case 'shapes/T2_*'
 expect 0 check --case 'shapes/T17*'
 has out ' passed, 0 failed$'
 [ "$(tail -n 1 "$dir/out" | grep -c '^[0-9]* passed, 0 failed$')" = 1 ] || fail "check: last line"
+expect 0 check --backend cpu-scalar,reference --case 'shapes/T1_f32'
+for backend in cpu-scalar reference; do
+  [ "$(grep -c "^$backend$" "$dir/out")" = 1 ] || fail "check: $backend once"
+done
+has out '^2 passed, 0 failed$'
 expect 0 check --backend reference --case 'gate/bounded_raw0*' --json
 json check
 has out '"failed": 0'

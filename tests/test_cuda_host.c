@@ -754,12 +754,17 @@ SCENARIO(sm90_alignment) {
     snprintf(message, sizeof message, "backend: \"sm90\" cannot run this call: %s", reason);
     CHECK_FAILS(fkda_query(&a), FKDA_ERROR_UNSUPPORTED, message);
 
-    /* the address, which a question does not have to give */
+    /* the address, which a question need not give */
     t->stride[2] = 136;
     t->data = (char *)t->data + 8;
     a.backend = NULL;
+    CHECK_TEXT(backend_of(&a), "portable");
     CHECK_OK(fkda_prefill(&a));
     CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+    void *const data = t->data;
+    t->data = NULL;
+    CHECK_TEXT(backend_of(&a), "sm90");
+    t->data = data;
     a.backend = "sm90";
     snprintf(message, sizeof message,
              "backend: \"sm90\" cannot run this call: %s: data %p, expected a multiple of 16",

@@ -18,7 +18,7 @@ static const char help[] =
     "recurrence in double precision. Exit status 1 if a case fails. Cases that the contract lets "
     "a\n"
     "backend refuse are skipped.\n\n"
-    "  --backend NAME|all   one backend (all)\n"
+    "  --backend NAME,...   only these backends (all)\n"
     "  --case PATTERN       only cases whose name matches, for example \"gate/*\" or \"*_bf16\";\n"
     "                       several times: those that match one of them\n"
     "  --no-guards          GPU buffers of exactly their size, without guard zones: for memory\n"
@@ -438,11 +438,30 @@ static const fkda_memory *memory_of(job *j, const char *backend) {
   return &j->device;
 }
 
+/* Is the name in the list, comma-separated? */
+static bool is_listed(const char *list, const char *name) {
+  const size_t length = strlen(name);
+  for (const char *at = list; at; at = strchr(at, ',')) {
+    at += *at == ',';
+    if (strncmp(at, name, length) == 0 && (!at[length] || at[length] == ',')) return true;
+  }
+  return false;
+}
+
+/* The first name of the list that this build does not have, cut out of it; NULL if it has all. */
+static const char *unknown_backend(char *list) {
+  for (char *next = list; next;) {
+    const char *name = strsep(&next, ",");
+    if (!fkda_cli_backend(name)) return name;
+  }
+  return NULL;
+}
+
 static bool pick_backends(job *j) {
   const char *name;
   for (int32_t i = 0; (name = fkda_backend_name(i)) != NULL && j->backend_count < MAX_BACKENDS;
        i++) {
-    if (j->backend && strcmp(j->backend, name) != 0) continue;
+    if (j->backend && !is_listed(j->backend, name)) continue;
     if (fkda_backend_available(name) == FKDA_OK) {
       const fkda_memory *memory = memory_of(j, name);
       if (!memory) return false;
@@ -503,8 +522,11 @@ int fkda_cmd_check(int argc, char **argv) {
   }
   if (!status && optind < argc)
     status = fkda_cli_usage("check", "unexpected argument \"%s\"", argv[optind]);
-  if (!status && j->backend && !fkda_cli_backend(j->backend)) {
-    status = fkda_cli_usage("check", "--backend: no \"%s\" in this build", j->backend);
+  if (!status && j->backend) {
+    char list[256];
+    snprintf(list, sizeof list, "%s", j->backend);
+    const char *unknown = unknown_backend(list);
+    if (unknown) status = fkda_cli_usage("check", "--backend: no \"%s\" in this build", unknown);
   }
   if (!status && threads && fkda_set_num_threads((int32_t)threads) != FKDA_OK) {
     status = fkda_cli_error("%s", fkda_last_error());

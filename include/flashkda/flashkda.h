@@ -128,7 +128,7 @@ FKDA_API size_t fkda_dtype_size(int32_t dtype);
 
 /** A strided view of memory that the caller owns. An all-zero fkda_tensor is an absent tensor. */
 typedef struct fkda_tensor {
-  void *data;    /* first element, aligned to its size. Ignored by queries. May be NULL if empty */
+  void *data;    /* first element, aligned to its size. May be NULL in queries, and if empty */
   int32_t dtype; /* fkda_dtype; FKDA_NONE: absent */
   int32_t ndim;  /* 1 to FKDA_MAX_DIMS */
   int64_t shape[FKDA_MAX_DIMS];  /* elements, >= 0 */
@@ -433,7 +433,8 @@ FKDA_DEFINE_ARGS_INIT(fkda_backward_args, FKDA_BACKWARD_ARGS_DEFAULTS)
 /* ---- questions about a call ----------------------------------------------------------------- */
 
 /* `args` points to any of the argument structs above. These validate like the run itself, but ignore
- * data pointers, the workspace and what lies in memory: shapes, strides, dtypes and options decide. */
+ * the workspace and what lies in memory: shapes, strides, dtypes and options decide, and on CUDA devices the
+ * alignment of data pointers that are not NULL, which may decide which backend it is. */
 
 /** FKDA_OK if the call would run; else the status and fkda_last_error() that it would give. */
 FKDA_API fkda_status fkda_query(const void *args);

@@ -203,15 +203,15 @@ static fkda_status check_absent(fkda_checker *c, const char *name, const fkda_te
   return present ? fkda_fail(INVALID, "%s: given, expected none %s", name, why) : FKDA_OK;
 }
 
-/* Queries carry no pointers. */
+/* Queries carry no pointers but those of rows, where the alignment may decide which backend it is. */
 static void *data_of(const fkda_checker *c, const fkda_tensor *t) {
   return c->for_run ? t->data : NULL;
 }
 
-static fkda_rows rows_of(const fkda_checker *c, const fkda_tensor *t) {
+static fkda_rows rows_of(const fkda_tensor *t) {
   int64_t stride[FKDA_MAX_DIMS];
   fkda_resolve_strides(t, stride);
-  return (fkda_rows){data_of(c, t), t->dtype, stride[0], stride[1], stride[2]};
+  return (fkda_rows){t->data, t->dtype, stride[0], stride[1], stride[2]};
 }
 
 /* A contiguous tensor of any rank. */
@@ -279,16 +279,16 @@ static fkda_status check_tokens(fkda_checker *c, const token_args *a) {
   if (!rows_fit(p->B, p->T, p->HV))
     return fkda_fail(INVALID, "v: B*T*HV = %lld*%lld*%lld, expected at most 2^40", (ll)p->B,
                      (ll)p->T, (ll)p->HV);
-  p->v = rows_of(c, a->v);
+  p->v = rows_of(a->v);
 
   if (a->q) {
     form.dims = "B,T,H,K";
     form.shape[2] = p->H;
     form.shape[3] = p->K;
     TRY(check_required(c, "k", a->k, &form));
-    p->q = rows_of(c, a->q);
+    p->q = rows_of(a->q);
   }
-  p->k = rows_of(c, a->k);
+  p->k = rows_of(a->k);
 
   form.dims = "B,T,HV,K";
   form.shape[2] = p->HV;
@@ -296,13 +296,13 @@ static fkda_status check_tokens(fkda_checker *c, const token_args *a) {
   form.dtypes = io | FKDA_DTYPE_BIT(FKDA_F32);
   form.match = "k and v";
   TRY(check_required(c, "g", a->g, &form));
-  p->g = rows_of(c, a->g);
+  p->g = rows_of(a->g);
 
   form.dims = "B,T,HV";
   form.ndim = 3;
   form.match = "v";
   TRY(check_required(c, "beta", a->beta, &form));
-  p->beta = rows_of(c, a->beta);
+  p->beta = rows_of(a->beta);
 
   if (a->out) {
     form.dims = "B,T,HV,V";
@@ -311,7 +311,7 @@ static fkda_status check_tokens(fkda_checker *c, const token_args *a) {
     form.dtypes = io;
     form.written = true;
     TRY(check_required(c, "out", a->out, &form));
-    p->out = rows_of(c, a->out);
+    p->out = rows_of(a->out);
   }
   p->scale = a->scale != 0 ? a->scale : 1 / sqrt((double)p->K);
 
@@ -707,7 +707,7 @@ static fkda_status check_rows(fkda_checker *c, const char *name, const fkda_tens
                               const fkda_form *form, fkda_rows *rows) {
   bool present;
   TRY(check_optional(c, name, t, form, &present));
-  if (present) *rows = rows_of(c, t);
+  if (present) *rows = rows_of(t);
   return FKDA_OK;
 }
 

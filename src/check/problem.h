@@ -2,7 +2,8 @@
  *
  * Everything is resolved here once (defaults, strides, who is absent, which of two index tensors serves
  * both purposes), so that no backend looks at the public structs again. Absent tensors have data
- * NULL and dtype FKDA_NONE. In queries every data pointer is NULL and only dtype tells presence.
+ * NULL and dtype FKDA_NONE. In queries only dtype tells presence: data pointers are NULL but for those of
+ * rows, which are what the caller gave, NULL or not, and tell alignment.
  */
 #ifndef FKDA_CHECK_PROBLEM_H
 #define FKDA_CHECK_PROBLEM_H

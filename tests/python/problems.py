@@ -19,11 +19,20 @@ def tolerance(dtype: str, size: int) -> float:
     return 2**-8 + 2e-5 if dtype == "bfloat16" and size < 512 else TOLERANCE[dtype]
 
 
+def cuda_rows() -> list[tuple[str, bool, str]]:
+    return [row for row in flash_kda.backends() if not row[0].startswith(("cpu-", "reference"))]
+
+
+def cuda_backends() -> list[str]:
+    """What this GPU can run, in order of preference."""
+    return [name for name, available, _ in cuda_rows() if available]
+
+
 def why_no_cuda() -> str:
     """Why no CUDA tensor can be computed on here; empty if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device for torch"
-    rows = [row for row in flash_kda.backends() if not row[0].startswith(("cpu-", "reference"))]
+    rows = cuda_rows()
     if any(available for _, available, _ in rows):
         return ""
     return "; ".join(reason for _, _, reason in rows) or "this build has no CUDA backend"

@@ -1,8 +1,10 @@
 """The CUDA backends through torch tensors: gold, graphs, streams, threads, large tensors, odd memory.
 
-Gold is the same call in double precision on the CPU (backend "reference").
+Gold is the same call in double precision on the CPU (backend "reference"). Every test runs with the plan's
+choice of backends, named by the first that this GPU can run, and once more for each of the others, forced.
 """
 
+import re
 import subprocess
 import threading
 
@@ -12,13 +14,30 @@ import pytest
 import test_cases as table
 import test_serving
 import torch
-from problems import DLPackOnly, TorchLike, error, numpy_of, problem, torch_of, why_no_cuda
+from problems import (
+    DLPackOnly,
+    TorchLike,
+    cuda_backends,
+    error,
+    numpy_of,
+    problem,
+    torch_of,
+    why_no_cuda,
+)
 
 TOLERANCE = 5e-3  # bf16 operands in matrix products
 DECODE_TOLERANCE = 2.5e-3  # fp32 arithmetic, bf16 output
 COLLINEAR_TOLERANCE = 1.5e-2
 REASON = why_no_cuda()
+BACKENDS = [] if REASON else cuda_backends()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+@pytest.fixture(autouse=True, params=BACKENDS or [""])
+def backend(request, monkeypatch):
+    if request.param and request.param != BACKENDS[0]:
+        monkeypatch.setenv("FLASHKDA_BACKEND", request.param)
+    return request.param
 
 
 def on_device(array, device="cuda"):
@@ -47,13 +66,20 @@ class Call:
         self.out = torch.full_like(self.inputs[2], torch.nan)
         self.final = torch.full(p.state_shape, torch.nan, device=device)
 
-    def run(self, **options):
-        flash_kda.fwd(
+    def ask(self, function, **options):
+        return function(
             *self.inputs, None, self.out, self.A_log, self.dt_bias, None,
             initial_state=self.initial, final_state=self.final, cu_seqlens=self.cu_seqlens,
             **{**self.options, **options},
         )  # fmt: skip
+
+    def run(self, **options):
+        self.ask(flash_kda.fwd, **options)
         return self
+
+    def backend(self):
+        """Which one runs it."""
+        return re.search(r"^backend: (\S+)", self.ask(flash_kda.plan), re.M)[1]
 
     def poison(self):
         self.out.fill_(torch.nan)
@@ -72,11 +98,12 @@ def matches(call, expected):
 # ---- against gold -------------------------------------------------------------------------------
 
 
-def test_plan_and_support():
+def test_plan_and_support(backend):
     call = Call(problem(K=128, V=128))
+    assert call.backend() == backend
+    assert ("sm90" in BACKENDS) == (torch.cuda.get_device_capability() == (9, 0))
     names = dict(zip("qkvg", call.inputs), beta=call.inputs[4])
     assert flash_kda.supports(**names) == (True, "")
-    assert "portable" in flash_kda.plan(**names)
     half = {name: x.half() for name, x in names.items()}
     good, reason = flash_kda.supports(**half)
     assert not good and "float16" in reason and "bfloat16" in reason
@@ -178,9 +205,16 @@ def test_case(name, tmp_path):
 # ---- memory: strided, misaligned, pools, untrusted contents -----------------------------------------
 
 
-def test_strided_and_misaligned_inputs_give_the_same_bits():
+def test_strided_and_misaligned_inputs_give_the_same_bits(backend):
+    """The bits of contiguous inputs on the same backend: what the first cannot reach goes to another."""
     p = problem(B=2, T=77, H=3, HV=6, K=128, V=64)
-    expected = Call(p).run().results()
+    expected = {name: Call(p).run(backend=name).results() for name in BACKENDS}
+
+    def check(call, *backends):
+        assert call.backend() in backends
+        call.run().results()
+        assert matches(call, expected[call.backend()])
+
     fused = Call(p)
     q, k, v, g, beta = fused.inputs
     B, T = q.shape[:2]
@@ -192,32 +226,31 @@ def test_strided_and_misaligned_inputs_give_the_same_bits():
     wide[..., :6] = beta
     fused.inputs = [s.view(x.shape) for s, x in zip(slices, (q, k, v, g))] + [wide[..., :6]]
     assert not fused.inputs[0].is_contiguous()
-    fused.run().results()
-    assert matches(fused, expected)
-
-    odd = Call(p)
+    check(fused, backend)
 
     def shifted(x):
         flat = torch.full((x.numel() + 1,), torch.nan, device="cuda", dtype=x.dtype)
         flat[1:] = x.flatten()
         return flat[1:].view(x.shape)
 
-    odd.inputs = [shifted(x) for x in odd.inputs]
+    odd = Call(p)  # all but rows of channels
+    odd.inputs[4] = shifted(odd.inputs[4])
     odd.initial, odd.A_log, odd.dt_bias = (
         shifted(x) for x in (odd.initial, odd.A_log, odd.dt_bias)
     )
-    odd.out, odd.final = shifted(odd.out), shifted(odd.final)
+    odd.final = shifted(odd.final)
+    check(odd, backend)
+    odd.inputs = [shifted(x) for x in odd.inputs]
+    odd.out = shifted(odd.out)
     assert odd.inputs[0].data_ptr() % 16
-    odd.run().results()
-    assert matches(odd, expected)
+    check(odd, "portable")
 
     for major in (0, 1):  # [H, T, D] in memory; then [T, B, ...]
         call = Call(p)
         a, b = (1, 2) if major == 0 else (0, 1)
         call.inputs[:4] = [x.transpose(a, b).contiguous().transpose(a, b) for x in call.inputs[:4]]
         call.out = call.out.transpose(a, b).contiguous().transpose(a, b)
-        call.run().results()
-        assert matches(call, expected)
+        check(call, backend)
 
 
 def test_decode_pool_in_place():
