@@ -3,8 +3,8 @@
 
 Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows of cpu-*.json. Between the
 markers `bench:cpu-all` in docs/kernels/cpu.md: all of them. Likewise `bench:gpu` in README.md from
-prefill-*.json and decode-*.json, and `bench:gpu-prefill`, `bench:gpu-decode` in docs/kernels/. With --check
-nothing is written; the exit status is 1 where a document differs from what the records say.
+prefill-*.json and decode-*.json, and `bench:gpu-prefill-sm90`, `bench:gpu-prefill`, `bench:gpu-decode` in
+docs/kernels/. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
 """
 
 import argparse
@@ -192,19 +192,38 @@ def gpu_machine(record):
     ]
 
 
-def gpu_prefill(record, gates):
-    lines, two_calls = [], any("two_calls_ms" in row for row in record["rows"])
+def same_call(row):
+    return row["name"], row["variant"], row["gate"]
+
+
+def gpu_prefill(record, gates, backend=None):
+    """The rows of one backend, or of each call's first, beside those of `portable`."""
+    portable = {same_call(row): row for row in record["rows"] if row["backend"] == "portable"}
+    first = {}
     for row in record["rows"]:
-        if row["gate"] not in gates:
-            continue
-        fla, ms = row["peers_ms"].get("fla"), row["ms"]
-        line = [row["name"].replace("_", ", "), row["gate"], number(ms), number(row["floor_ms"])]
-        line += [number(fla), times(fla / ms if fla else None)]
+        if row["gate"] in gates and backend in (None, row["backend"]):
+            first.setdefault(same_call(row), row)
+    if not first:
+        return [f"No result of `{backend}` is recorded yet."]
+    beside = any(row["backend"] != "portable" for row in first.values())
+    two_calls = any("two_calls_ms" in row for row in first.values())
+    lines = []
+    for key, row in first.items():
+        fla, ms, other = row["peers_ms"].get("fla"), row["ms"], portable.get(key, {})
         peer = row.get("peers_error", {}).get("fla", {})
-        line += [error(row["error_o"]), error(row["error_state"]), error(peer.get("o"))]
+        line = [row["name"].replace("_", ", "), row["gate"], number(ms), number(row["floor_ms"])]
+        line += [times(ms / row["floor_ms"]), number(other.get("ms"))] if beside else []
+        line += [number(fla), times(fla / ms if fla else None)]
+        line += [error(row["error_o"]), error(row["error_state"])]
+        line += [error(other.get("error_o"))] if beside else []
+        line += [error(peer.get("o"))]
         lines.append(line + ([number(row.get("two_calls_ms"))] if two_calls else []))
-    head = ["prefill, D 128", "gates", "ms", "floor, ms", "FLA, ms", "faster", "error o", "state", "FLA's o"]
-    return table(head + (["prefill and decode apart, ms"] if two_calls else []), lines)
+    head = ["prefill, D 128", "gates", "ms", "floor, ms"]
+    head += ["over floor", "portable, ms"] if beside else []
+    head += ["FLA, ms", "faster", "error o", "state"]
+    head += ["portable's o"] if beside else []
+    head += ["FLA's o"] + (["prefill and decode apart, ms"] if two_calls else [])
+    return table(head, lines)
 
 
 def gpu_decode(record, short=False):
@@ -229,8 +248,12 @@ def gpu_readme(records):
     return lines + [""] + gpu_decode(decode, short=True)
 
 
-def gpu_prefill_page(records):
-    return gpu_machine(records[0]) + [""] + gpu_prefill(records[0], ["weak", "medium", "strong"])
+def gpu_prefill_page(backend):
+    def page(records):
+        rows = gpu_prefill(records[0], ["weak", "medium", "strong"], backend)
+        return gpu_machine(records[0]) + [""] + rows
+
+    return page
 
 
 def gpu_decode_page(records):
@@ -272,7 +295,8 @@ def main():
         ("README.md", "cpu", readme, records),
         ("docs/kernels/cpu.md", "cpu-all", everything, records),
         ("README.md", "gpu", gpu_readme, gpu),
-        ("docs/kernels/prefill_portable.md", "gpu-prefill", gpu_prefill_page, gpu),
+        ("docs/kernels/prefill_sm90.md", "gpu-prefill-sm90", gpu_prefill_page("sm90"), gpu),
+        ("docs/kernels/prefill_portable.md", "gpu-prefill", gpu_prefill_page("portable"), gpu),
         ("docs/kernels/decode.md", "gpu-decode", gpu_decode_page, gpu),
     )
     for name, marker, make, sources in documents:

@@ -540,6 +540,8 @@ class TwoCalls:
         self.parts = Prefill(first, clock, backend), Decode(second, clock, backend)
         for part in self.parts:
             part.set_gate(gate)
+            if not can_run(part):
+                part.backend = None
 
     def functions(self):
         return [self.both(c) for c in range(min(part.copies for part in self.parts))]
@@ -556,6 +558,36 @@ class TwoCalls:
 
 def make_problem(shape, clock, backend=None):
     return (Decode if shape.op == "decode" else Prefill)(shape, clock, backend)
+
+
+def can_run(problem):
+    try:
+        problem.plan()
+    except RuntimeError:
+        return False
+    return True
+
+
+def backends_of(shape, clock, wanted):
+    """Those to time a shape on: the wanted ones; else on a GPU every row of it that can run the shape."""
+    if wanted and len(wanted) == 1:
+        return wanted
+    if not wanted:
+        if clock.device.type == "cpu":
+            return [None]
+        rows = [name for name, available, _ in flash_kda.backends() if available]
+        wanted = [name for name in rows if not name.startswith("cpu-") and name != "reference"]
+    small = dataclasses.replace(shape, lens=(min(shape.lens[0], 64),))
+    able = [name for name in wanted if can_run(make_problem(small, clock, name))]
+    return able or wanted[:1] or [None]
+
+
+def same_inputs(samples, others):
+    return all(
+        x[name].equal(y[name])
+        for x, y in zip(samples, others)
+        for name in ("q", "g", "dt_bias", "initial")
+    )
 
 
 def relative_error(pairs):
@@ -623,14 +655,14 @@ def measure(problem, gate, clock, copy_gbps, options):
         row["copy_ms"] = problem.copy_ms(clock, options.seconds)
         row["between_ms"] = problem.between_ms(clock, functions, options.seconds)
     if shape.variant == "mixed":
-        two = TwoCalls(shape, gate, clock, options.backend)
+        two = TwoCalls(shape, gate, clock, problem.backend)
         row["two_calls_ms"] = clock.calls(two.functions(), options.seconds)
     return row, samples
 
 
-def first_call_ms(clock, backend):
+def first_call_ms(clock, wanted):
     """Wall time of this process's first call, to its end: kernels are loaded in it."""
-    problem = make_problem(prefill([64], 2), clock, backend)
+    problem = make_problem(prefill([64], 2), clock, wanted[0] if wanted else None)
     call = problem.bound(0)
     clock.sync()
     begin = time.perf_counter()
@@ -648,7 +680,9 @@ def gates_of(shape, options):
 class Bench:
     def __init__(self, clock, options):
         self.clock, self.options = clock, options
-        self.rows, self.failures, self.samples, self.golds = [], [], {}, {}
+        self.rows, self.failures = [], []
+        self.samples = {}  # by key: pairs (row, what its errors are taken of), one for each backend
+        self.golds = {}  # by key
         driver, clocks = clock.description()
         self.copy_gbps = clock.copy_gbps()
         self.head = {
@@ -667,6 +701,7 @@ class Bench:
 
     @staticmethod
     def key(row):
+        """Of rows on the same inputs."""
         return row["name"], row["variant"], row["gate"]
 
     @contextlib.contextmanager
@@ -684,27 +719,36 @@ class Bench:
 
     def ours(self, shapes):
         for shape in shapes:
+            backends = []
             with self.guarded(shape.name):
-                problem = make_problem(shape, self.clock, self.options.backend)
-                for gate in gates_of(shape, self.options):
-                    row, samples = measure(problem, gate, self.clock, self.copy_gbps, self.options)
-                    self.rows.append(row)
-                    if samples:
-                        self.samples[self.key(row)] = samples
-                    say(
-                        f"{shape.name:<20} {shape.variant:<10} {gate:<7} {row['backend']:<10}"
-                        f" {row['ms']:9.4f} ms, floor {row['floor_ms']:.4f}, host {row['host_us']:.1f} us"
-                    )
-            problem = None
-            self.release()
+                backends = backends_of(shape, self.clock, self.options.backend)
+            for backend in backends:
+                with self.guarded(shape.name):
+                    self.rows_of(shape, backend)
+                self.release()
+
+    def rows_of(self, shape, backend):
+        problem = make_problem(shape, self.clock, backend)
+        for gate in gates_of(shape, self.options):
+            row, samples = measure(problem, gate, self.clock, self.copy_gbps, self.options)
+            self.rows.append(row)
+            say(
+                f"{shape.name:<20} {shape.variant:<10} {gate:<7} {row['backend']:<10}"
+                f" {row['ms']:9.4f} ms, floor {row['floor_ms']:.4f}, host {row['host_us']:.1f} us"
+            )
+            if not samples:
+                continue
+            pairs = self.samples.setdefault(self.key(row), [])
+            pairs.append((row, samples))
+            if not same_inputs(pairs[0][1], samples):
+                raise RuntimeError(f"{backend}: the inputs differ from those of the first backend")
 
     def gold(self):
         """Double precision on all cores, one head a task; the longest first."""
-        rows = {self.key(row): row for row in self.rows}
         tasks = []
-        for key, samples in self.samples.items():
+        for key, pairs in self.samples.items():
             kind = Decode if key[0].startswith("decode") else Prefill
-            tasks += [(key, i, kind.gold, x) for i, x in enumerate(samples)]
+            tasks += [(key, i, kind.gold, x) for i, x in enumerate(pairs[0][1])]
         tasks.sort(key=lambda task: -task[3]["v"].shape[0] * task[3]["v"].shape[1])
         begin = time.monotonic()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -713,11 +757,12 @@ class Bench:
             self.golds.setdefault(key, {})[i] = result
         for key, golds in self.golds.items():
             self.golds[key] = [golds[i] for i in sorted(golds)]
-            row = rows[key]
-            row["error_o"], row["error_state"] = errors(self.samples[key], self.golds[key])
-            for name in ("error_o", "error_state"):
-                if row[name] is not None and not row[name] <= ERROR_LIMIT:
-                    self.failures.append(f"{' '.join(key)}: {name} {row[name]:.2e}")
+            for row, samples in self.samples[key]:
+                row["error_o"], row["error_state"] = errors(samples, self.golds[key])
+                for name in ("error_o", "error_state"):
+                    if row[name] is not None and not row[name] <= ERROR_LIMIT:
+                        what = " ".join((*key, row["backend"]))
+                        self.failures.append(f"{what}: {name} {row[name]:.2e}")
         say(f"gold of {len(tasks)} heads took {time.monotonic() - begin:.1f} s")
 
     def record(self, op=None):
@@ -825,13 +870,13 @@ def ours_forbidden():
 
 
 def peer_row(bench, fla, shape, rows):
-    """Fills peers_ms and peers_error of a shape's rows."""
+    """Fills peers_ms and peers_error of a shape's rows; those of several backends share one time."""
     chunk_kda, recurrent, _ = fla
     clock = bench.clock
     problem = make_problem(shape, clock)
-    for row in rows:
-        key = bench.key(row)
-        problem.set_gate(row["gate"])
+    for key in dict.fromkeys(map(bench.key, rows)):
+        gate = key[2]
+        problem.set_gate(gate)
         if shape.op == "decode":
             samples = problem.sample(lambda: fla_decode_call(recurrent, problem, 0))
             functions = [
@@ -848,19 +893,19 @@ def peer_row(bench, fla, shape, rows):
                 lambda c=c: fla_prefill_call(chunk_kda, problem, c) for c in range(problem.copies)
             ]
         with ours_forbidden():
-            row["peers_ms"]["fla"] = problem.time(clock, functions, bench.options.seconds)
+            ms = problem.time(clock, functions, bench.options.seconds)
+        peer_error = {}
         if key in bench.golds:
-            same = all(
-                clock.torch.equal(x[name], y[name])
-                for x, y in zip(samples, bench.samples[key])
-                for name in ("q", "g", "dt_bias", "initial")
-            )
-            if not same:
+            if not same_inputs(bench.samples[key][0][1], samples):
                 raise RuntimeError("the inputs differ from those that ours ran on")
             error_o, error_state = errors(samples, bench.golds[key])
-            row["peers_error"] = {"fla": {"o": error_o, "state": error_state}}
-        ms = row["peers_ms"]["fla"]
-        say(f"{shape.name:<20} {row['gate']:<7} fla {ms:9.4f} ms, ours {row['ms']:.4f}")
+            peer_error = {"peers_error": {"fla": {"o": error_o, "state": error_state}}}
+        ours = [row for row in rows if bench.key(row) == key]
+        for row in ours:
+            row["peers_ms"]["fla"] = ms
+            row.update(peer_error)
+        times = ", ".join(f"{row['backend']} {row['ms']:.4f}" for row in ours)
+        say(f"{shape.name:<20} {gate:<7} fla {ms:9.4f} ms, {times}")
 
 
 # Run in processes of their own, one for each head count and kind of batch: they compile what FLA's
@@ -1029,22 +1074,26 @@ def markdown(record):
 
 
 def plot(record, path):
-    """Bars of ours (weak and strong gates) and FLA over each shape's floor."""
+    """Bars of every backend and gate strength, and of FLA, over each shape's floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys((row["name"], row["variant"]) for row in record["rows"]))
-    rows = {(row["name"], row["variant"], row["gate"]): row for row in record["rows"]}
-    series = [(f"ours, {gate} gates", gate, "ms") for gate in GATES] + [("FLA", None, "fla")]
+    rows = {
+        (row["name"], row["variant"], row["gate"], row["backend"]): row for row in record["rows"]
+    }
+    backends = list(dict.fromkeys(row["backend"] for row in record["rows"]))
+    series = [(f"{name}, {gate} gates", [(gate, name)], "ms") for name in backends for gate in GATES]
+    series.append(("FLA", [(gate, name) for gate in reversed(GATES) for name in backends], "fla"))
     figure, axes = plt.subplots(figsize=(max(6, 0.9 * len(names)), 4.5), layout="constrained")
     width = 0.8 / len(series)
-    for i, (label, gate, what) in enumerate(series):
+    for i, (label, choices, what) in enumerate(series):
         points = []
         for x, name in enumerate(names):
-            for one in (gate,) if gate else reversed(GATES):
-                row = rows.get((*name, one))
+            for choice in choices:
+                row = rows.get((*name, *choice))
                 ms = row and (row["ms"] if what == "ms" else row["peers_ms"].get("fla"))
                 if ms:
                     points.append((x + (i - (len(series) - 1) / 2) * width, ms / row["floor_ms"]))
@@ -1087,7 +1136,7 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--preset", default="all", help="paper, serving, long, decode or all; comma-separated")
     add("--gates", default=",".join(GATES), help="gate strengths of prefill rows (all three)")
-    add("--backend", help="instead of the one that the plan picks")
+    add("--backend", metavar="NAME,...", help="instead of all of the GPU's that can run a row")
     add("--quick", action="store_true", help="strong gates only, 0.1 s a row")
     add("--seconds", type=float, default=0.3, help="of device time for a row (0.3)")
     add("--no-errors", action="store_true", help="no comparison with double precision")
@@ -1106,6 +1155,7 @@ def parse(arguments=None):
     add("--note", default="", help="recorded with the result")
     options = parser.parse_args(arguments)
     options.gates = options.gates.split(",")
+    options.backend = options.backend.split(",") if options.backend else []
     if not set(options.gates) <= set(GATES):
         parser.error(f"--gates: expected {', '.join(GATES)}")
     if options.quick:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import sys
@@ -206,10 +207,51 @@ def test_errors_are_noticed(name, change):
     """A wrong output, a missing one and a transposed state fail the run."""
     run = bench.Bench(Clock(), options("--gates", "medium"))
     run.ours(SMALL[:1])
-    (samples,) = run.samples.values()
+    (((_, samples),),) = run.samples.values()
     samples[-1][name] = change(samples[-1][name])
     run.gold()
-    assert len(run.failures) == 1 and run.failures[0].startswith("T48_H2  medium: error_")
+    assert len(run.failures) == 1 and run.failures[0].startswith("T48_H2  medium cpu-")
+
+
+def test_several_backends(peers):
+    """Every row once for each, on the same inputs and against the same gold; FLA is timed once."""
+    calls = []
+
+    def counted(**keywords):
+        calls.append(keywords["q"].shape)
+        return fake_chunk_kda(**keywords)
+
+    counted.__signature__ = inspect.signature(fake_chunk_kda)
+    names, shapes = ["cpu-scalar", "reference"], [SMALL[i] for i in (1, 2, 3, 4, 7)]
+    arguments = ("--backend", ",".join(names), "--gates", "weak,strong")
+    run = peers(*arguments, chunk_kda=counted, shapes=shapes)
+    assert run.failures == []
+    for shape in shapes:
+        rows = [r for r in run.rows if (r["name"], r["variant"]) == (shape.name, shape.variant)]
+        gates = ["medium"] if shape.op == "decode" else ["weak", "strong"]
+        assert [(r["backend"], r["gate"]) for r in rows] == [(b, g) for b in names for g in gates]
+        for gate in gates:
+            ours, gold = [r for r in rows if r["gate"] == gate]
+            assert gold["error_o"] <= ours["error_o"] <= 5e-3
+            assert ours["peers_ms"] == gold["peers_ms"]
+            assert ours.get("peers_error") == gold.get("peers_error")
+    prefills = [s for s in shapes if s.op == "prefill" and not s.variant]
+    copies = [bench.make_problem(shape, Clock()).copies for shape in prefills]
+    assert len(calls) == sum(2 * (1 + min(3, n)) for n in copies)
+
+
+def test_a_backend_that_cannot_run_a_row_is_left_out(monkeypatch):
+    monkeypatch.setattr(bench, "can_run", lambda problem: problem.backend != "cpu-scalar")
+    names = ["cpu-scalar", "reference"]
+    assert bench.backends_of(SMALL[0], Clock(), names) == names[1:]
+    assert bench.backends_of(SMALL[0], Clock(), names[:1]) == names[:1]  # whose refusal is reported
+    assert bench.backends_of(SMALL[0], Clock(), []) == [None]
+
+
+def test_a_backend_that_is_none(capsys):
+    run = bench.run(Clock(), SMALL[:2], options("--backend", "cpu-scalar,nonsense"))
+    assert not run.rows and len(run.failures) == 2 and '"nonsense"' in run.failures[0]
+    capsys.readouterr()
 
 
 def test_a_failing_row_leaves_the_others(capsys):
@@ -267,9 +309,9 @@ def fake_recurrent(
 def peers(monkeypatch):
     monkeypatch.setattr(bench, "PEER_ROWS", tuple(shape.name for shape in SMALL[:5]))
 
-    def run(*arguments, chunk_kda=fake_chunk_kda):
+    def run(*arguments, chunk_kda=fake_chunk_kda, shapes=SMALL):
         monkeypatch.setattr(bench, "load_fla", lambda: (chunk_kda, fake_recurrent, "0.0"))
-        return bench.run(Clock(), SMALL, options("--compare", "--no-prewarm", *arguments))
+        return bench.run(Clock(), shapes, options("--compare", "--no-prewarm", *arguments))
 
     return run
 
