@@ -240,6 +240,35 @@ static void test_workspace_monotone(void **state) {
   }
 }
 
+/* Heads are shared by threads where whole ones would leave some idle, and only there. */
+static void test_plan_shares_heads(void **state) {
+  (void)state;
+  static const struct {
+    int64_t T, H;
+    bool shared;
+  } cases[] = {{1024, 1, true},  {1024, 3, true},   {1024, 4, false}, {1024, 5, true},
+               {1024, 8, false}, {1024, 40, false}, {16, 1, false}};
+  ASSERT_OK(fkda_set_num_threads(4));
+  for (int32_t backend = 0; fkda_backend_name(backend); ++backend) {
+    const char *name = fkda_backend_name(backend);
+    if (!usable_on_cpu(name) || strcmp(name, "reference") == 0) continue;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+      const int64_t t = cases[i].T, h = cases[i].H;
+      fkda_prefill_args a = FKDA_PREFILL_ARGS_INIT;
+      fkda_plan_info info = {.struct_size = sizeof info};
+      a.backend = name;
+      a.q = a.k = a.v = a.g = a.out =
+          fkda_tensor_contiguous(NULL, FKDA_BF16, 4, (int64_t[]){1, t, h, 128});
+      a.beta = fkda_tensor_contiguous(NULL, FKDA_BF16, 3, (int64_t[]){1, t, h});
+      ASSERT_OK(fkda_plan(&a, &info));
+      assert_int_equal(info.value_split > 1, cases[i].shared);
+      assert_int_equal(info.tasks, h * info.value_split);
+      assert_int_equal(info.threads, t == 16 ? 1 : 4);
+    }
+  }
+  ASSERT_OK(fkda_set_num_threads(0));
+}
+
 static void test_plan_info(void **state) {
   (void)state;
   fkda_prefill_args a = plain_prefill();
@@ -523,6 +552,7 @@ int main(void) {
       cmocka_unit_test(test_last_error),
       cmocka_unit_test(test_query_without_data),
       cmocka_unit_test(test_workspace_monotone),
+      cmocka_unit_test(test_plan_shares_heads),
       cmocka_unit_test(test_plan_info),
       cmocka_unit_test(test_plan_describe),
       cmocka_unit_test(test_backends),

@@ -808,49 +808,40 @@ def v_first(function):
     return {"state_v_first" if "state_v_first" in known else "transpose_state_layout": True}
 
 
-def fla_prefill_call(chunk_kda, problem, c):
+def fla_arguments(function, problem, c):
+    """What FLA's chunk and recurrent forms take alike: tensors c of the problem, activations in the kernel."""
     x = problem.tensors[c]
+    return {
+        **{name: x[name] for name in ("q", "k", "v", "g", "beta")},
+        "A_log": problem.A_log,
+        "dt_bias": problem.dt_bias.view(-1),
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_beta_sigmoid_in_kernel": True,
+        "lower_bound": LOWER_BOUND,
+        **v_first(function),
+    }
+
+
+def fla_prefill_call(chunk_kda, problem, c):
     with problem.torch.inference_mode():
         return chunk_kda(
-            q=x["q"],
-            k=x["k"],
-            v=x["v"],
-            g=x["g"],
-            beta=x["beta"],
-            A_log=problem.A_log,
-            dt_bias=problem.dt_bias.view(-1),
-            initial_state=x["initial"],
+            initial_state=problem.tensors[c]["initial"],
             output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True,
             safe_gate=True,
-            lower_bound=LOWER_BOUND,
             cu_seqlens=problem.cu_seqlens,
-            **v_first(chunk_kda),
+            **fla_arguments(chunk_kda, problem, c),
         )
 
 
 def fla_decode_call(recurrent, problem, c):
-    x = problem.tensors[c]
     with problem.torch.inference_mode():
         recurrent(
-            q=x["q"],
-            k=x["k"],
-            v=x["v"],
-            g=x["g"],
-            beta=x["beta"],
-            A_log=problem.A_log,
-            dt_bias=problem.dt_bias.view(-1),
             initial_state=problem.pool,
             inplace_final_state=True,
             ssm_state_indices=problem.indices[c],
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True,
-            lower_bound=LOWER_BOUND,
-            out=x["out"],
-            **v_first(recurrent),
+            out=problem.tensors[c]["out"],
+            **fla_arguments(recurrent, problem, c),
         )
 
 

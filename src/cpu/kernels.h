@@ -1,8 +1,8 @@
 /* What one instruction set offers to the CPU backend.
  *
  * The algorithms stand once, in chunk.h (prefill, summary), decode.h and backward.h, over a vector shim:
- * simd_avx512.h, simd_avx2.h, simd_neon.h or simd_scalar.h. kernels_<isa>.c includes one shim and both
- * texts, is compiled with that ISA's flags, and exports one table. A shim provides
+ * simd_avx512.h, simd_avx2.h, simd_neon.h or simd_scalar.h. kernels_<isa>.c includes one shim and
+ * kernels_text.h, is compiled with that ISA's flags, and exports one table. A shim provides
  *
  *   ISA_NAME, LANES            floats in a vec
  *   TILE_ROWS, TILE_VECTORS    register tile of the matrix products, TILE_ROWS divides LANES

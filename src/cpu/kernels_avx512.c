@@ -1,22 +1,4 @@
-/* The CPU kernels compiled for one instruction set: see kernels.h. */
 #include "cpu/simd_avx512.h"
 
-#include "cpu/chunk.h"
-#include "cpu/decode.h"
-/* over chunk.h */
-#include "cpu/backward.h"
-
-const fkda_cpu_kernels fkda_cpu_kernels_avx512 = {
-    .isa = ISA_NAME,
-    .panel = PANEL,
-    .lanes = LANES,
-    .state_size = state_size,
-    .factors_size = factors_size,
-    .scratch_size = scratch_size,
-    .prefill = prefill,
-    .make_factors = make_chunks,
-    .apply = apply_chunks,
-    .decode = decode,
-    .backward_scratch = backward_scratch,
-    .backward = backward,
-};
+#define KERNELS fkda_cpu_kernels_avx512
+#include "cpu/kernels_text.h"
