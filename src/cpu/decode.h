@@ -139,6 +139,7 @@ INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_
   for (int64_t t = 0; t < x->T; ++t) {
     const bool stored = slots->to[t] >= 0;
     const bool from_pool = direct && slots->load && t == 0;
+    const bool elsewhere = to->data != from->data || slots->to[t] != slots->from;
     if (direct && stored)
       for (int r = 0; r < rows; ++r)
         target[r] = (char *)element_at(to->data, direct, slots->to[t] + (row + r) * to->stride_row);
@@ -164,7 +165,10 @@ INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_
       for (int r = 0; r < rows; ++r) {
         const vec s = v_fma(u[r], key, v_load(S[r] + k));
         if (t + 1 < x->T || !direct) v_store(S[r] + k, s);
-        if (direct && stored) store_as(target[r] + k * size, direct, s);
+        if (direct && stored) {
+          if (elsewhere) __builtin_prefetch(target[r] + k * size + ahead, 1);
+          store_as(target[r] + k * size, direct, s);
+        }
         sum[r] = v_fma(s, query, sum[r]);
       }
     }
@@ -184,39 +188,72 @@ INLINE void decode_all_rows(decode_tokens *x, const fkda_cpu_job *job, const dec
   for (; v < x->V; ++v) decode_rows(x, job, slots, v, 1, direct);
 }
 
-/* COLUMNS_TOGETHER or fewer value columns of a [K,V] state from column v on, for every token. */
-static void decode_columns(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
-                           int64_t v, int64_t columns) {
+/* COLUMNS_TOGETHER value columns of a [K,V] state from column v on, or `columns` < COLUMNS_TOGETHER of
+ * them, for every token. `direct` as above, for V a multiple of COLUMNS_TOGETHER. */
+INLINE void decode_columns(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
+                           int64_t v, int64_t columns, int32_t direct) {
   const fkda_states *from = &job->problem->initial, *to = &job->problem->final;
   const int64_t column = job->v_begin + v, padded = round_up(columns, LANES);
+  const int64_t size = direct == FKDA_F32 ? 4 : 2, ahead = PREFETCH_ROWS * from->stride_row * size;
+  const int vectors = direct ? COLUMNS_TOGETHER / LANES : (int)(padded / LANES);
   float S[FKDA_MAX_DIM][COLUMNS_TOGETHER];
-  for (int64_t k = 0; k < x->K; ++k)
+  for (int64_t k = 0; k < x->K && !(direct && slots->load); ++k)
     if (slots->load)
       load_row(S[k], from->data, from->dtype, slots->from + k * from->stride_row + column, columns,
                padded);
     else
       memset(S[k], 0, (size_t)padded * sizeof(float));
   for (int64_t t = 0; t < x->T; ++t) {
-    for (int64_t c = 0; c < padded; c += LANES) {
-      vec sum = v_set(0);
-      for (int64_t k = 0; k < x->K; ++k) { /* (4), S k of (5) */
-        const vec s = v_mul(v_load(S[k] + c), v_set(x->decay[t][k]));
-        v_store(S[k] + c, s);
-        sum = v_fma(s, v_set(x->k[t][k]), sum);
+    const bool stored = slots->to[t] >= 0, from_pool = direct && slots->load && t == 0;
+    const bool elsewhere = to->data != from->data || slots->to[t] != slots->from;
+    const char *source =
+        from_pool ? element_at(from->data, direct, slots->from + column) : (const char *)S;
+    char *target =
+        direct && stored ? (char *)element_at(to->data, direct, slots->to[t] + column) : NULL;
+    vec sum[COLUMNS_TOGETHER / LANES], u[COLUMNS_TOGETHER / LANES];
+    for (int i = 0; i < vectors; ++i) sum[i] = v_set(0);
+    for (int64_t k = 0; k < x->K; ++k) { /* (4), S k of (5) */
+      const vec decay = v_set(x->decay[t][k]), key = v_set(x->k[t][k]);
+      for (int i = 0; i < vectors; ++i) {
+        if (from_pool) __builtin_prefetch(source + i * LANES * size + ahead, 1);
+        const vec s =
+            v_mul(from_pool ? load_as(source + i * LANES * size, direct) : v_load(S[k] + i * LANES),
+                  decay);
+        v_store(S[k] + i * LANES, s);
+        sum[i] = v_fma(s, key, sum[i]);
       }
-      const vec u = v_mul(v_set(x->beta[t]), v_sub(v_load(x->v[t] + v + c), sum)); /* (5) */
-      vec o = v_set(0);
-      for (int64_t k = 0; k < x->K; ++k) { /* (6), (7) */
-        const vec s = v_fma(u, v_set(x->k[t][k]), v_load(S[k] + c));
-        v_store(S[k] + c, s);
-        o = v_fma(s, v_set(x->q[t][k]), o);
-      }
-      v_store(x->o[t] + v + c, o);
+      if (from_pool) source += from->stride_row * size;
     }
-    if (slots->to[t] >= 0)
-      for (int64_t k = 0; k < x->K; ++k)
+    for (int i = 0; i < vectors; ++i) { /* (5) */
+      u[i] = v_mul(v_set(x->beta[t]), v_sub(v_load(x->v[t] + v + i * LANES), sum[i]));
+      sum[i] = v_set(0);
+    }
+    for (int64_t k = 0; k < x->K; ++k) { /* (6), (7) */
+      const vec key = v_set(x->k[t][k]), query = v_set(x->q[t][k]);
+      for (int i = 0; i < vectors; ++i) {
+        const vec s = v_fma(u[i], key, v_load(S[k] + i * LANES));
+        if (t + 1 < x->T || !direct) v_store(S[k] + i * LANES, s);
+        if (target) {
+          if (elsewhere) __builtin_prefetch(target + i * LANES * size + ahead, 1);
+          store_as(target + i * LANES * size, direct, s);
+        }
+        sum[i] = v_fma(s, query, sum[i]);
+      }
+      if (target)
+        target += to->stride_row * size;
+      else if (stored)
         store_row(to->data, to->dtype, slots->to[t] + k * to->stride_row + column, S[k], columns);
+    }
+    for (int i = 0; i < vectors; ++i) v_store(x->o[t] + v + i * LANES, sum[i]);
   }
+}
+
+INLINE void decode_all_columns(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
+                               int32_t direct) {
+  int64_t v = 0;
+  for (; v + COLUMNS_TOGETHER <= x->V; v += COLUMNS_TOGETHER)
+    decode_columns(x, job, slots, v, COLUMNS_TOGETHER, direct);
+  if (v < x->V) decode_columns(x, job, slots, v, x->V - v, FKDA_NONE);
 }
 
 static void decode(const fkda_cpu_job *job) {
@@ -226,16 +263,19 @@ static void decode(const fkda_cpu_job *job) {
   const float_mode mode = flush_denormals();
   decode_tokens x;
   load_tokens(&x, job);
-  if (p->layout == FKDA_STATE_KV) {
-    for (int64_t v = 0; v < x.V; v += COLUMNS_TOGETHER)
-      decode_columns(&x, job, &slots, v, x.V - v < COLUMNS_TOGETHER ? x.V - v : COLUMNS_TOGETHER);
-  } else if (x.K % LANES != 0 || (p->final.dtype && p->final.dtype != p->initial.dtype)) {
-    decode_all_rows(&x, job, &slots, FKDA_NONE);
-  } else if (p->initial.dtype == FKDA_F32) {
-    decode_all_rows(&x, job, &slots, FKDA_F32);
-  } else {
-    decode_all_rows(&x, job, &slots, FKDA_BF16);
-  }
+  /* the pool's dtype; FKDA_NONE where what is read and what is written differ in it */
+  const int32_t direct =
+      p->final.dtype && p->final.dtype != p->initial.dtype ? FKDA_NONE : p->initial.dtype;
+  const bool columns = p->layout == FKDA_STATE_KV, whole = columns || x.K % LANES == 0;
+  if (whole && direct == FKDA_F32)
+    columns ? decode_all_columns(&x, job, &slots, FKDA_F32)
+            : decode_all_rows(&x, job, &slots, FKDA_F32);
+  else if (whole && direct == FKDA_BF16)
+    columns ? decode_all_columns(&x, job, &slots, FKDA_BF16)
+            : decode_all_rows(&x, job, &slots, FKDA_BF16);
+  else
+    columns ? decode_all_columns(&x, job, &slots, FKDA_NONE)
+            : decode_all_rows(&x, job, &slots, FKDA_NONE);
   for (int64_t t = 0; t < x.T; ++t)
     store_row(
         p->out.data, p->out.dtype,
