@@ -157,6 +157,7 @@ def decode_table(rows, record, full):
     lines = []
     for row in rows:
         state = "bf16" if row["state_dtype"] == "bf16" else "fp32"
+        state += " [K,V]" if row["variant"] == "kv" else ""
         line = [f"{shape(row)}, {state} state", number(row["ms"]), number(row["state_gbps"])]
         line.append(percent(row.get("memory_ratio")))
         line += [error(row["error_o"]), error(row["error_state"])] if full else []

@@ -44,6 +44,7 @@ typedef struct shape {
   int64_t N, T, H, HV, D;
   const char *gate;
   int32_t io, state_dtype;
+  fkda_state_layout layout;
   const char *variant;
 } shape;
 
@@ -167,6 +168,9 @@ static bool add_preset(bench *b, const char *name) {
     s = add_shape(b, decode, 256, 1, 32, "medium");
     s->H = 8;
     s->variant = "gva4";
+    s = add_shape(b, decode, 256, 1, 32, "medium");
+    s->layout = FKDA_STATE_KV;
+    s->variant = "kv";
     for (int T = 2; T <= 8; T *= 2) {
       s = add_shape(b, decode, 128, T, 32, "medium");
       s->variant = T == 2 ? "spec2" : T == 4 ? "spec4" : "spec8";
@@ -239,6 +243,7 @@ static bool make_call(const shape *s, fkda_call *call) {
               add_tensor(call, FKDA_FIELD_dt_bias, FKDA_F32, 2, s->HV, D, 0, 0, NULL) &&
               add_tensor(call, FKDA_FIELD_out, s->io, 4, B, T, s->HV, D, NULL);
   if (s->op == FKDA_OP_DECODE) {
+    call->decode.state_layout = s->layout; /* K = V: the shape is the same */
     good =
         good && add_tensor(call, FKDA_FIELD_state, s->state_dtype, 4, s->N, s->HV, D, D, &random);
   } else {
