@@ -48,9 +48,6 @@ backends=$("$FLASHKDA_TOOL" info | sed -n 's/^  \([a-z0-9-]*\)  *available$/\1/p
   grep -vE '^(cpu-.*|reference)$' | paste -sd,)
 [ -n "$backends" ] || { echo "gpu-check: no backend runs on this GPU"; exit 1; }
 
-title "case table on $backends"
-timeout 300 "$FLASHKDA_TOOL" check --backend "$backends" --json >$logs/check.json
-
 title "Python tests"
 tests=(tests/python/test_{cuda,torch_cuda,sglang,vllm,transformers,examples}.py) # of the latter what has "cuda" in its name
 timeout 300 "$python" -m pytest "${tests[@]}" -k cuda -q -rfE -p no:cacheprovider \
@@ -61,6 +58,7 @@ cases=(
   'gate/bounded_rawU(-8,8)_biasU(-8,8)_bf16' 'gate/softplus_rawswitch_AU(0,log16)_g32_bf16'
   'gate/direct0or-90_bf16' 'numbers/asymmetric_kv_K128_V64_bf16' 'numbers/asymmetric_vk_K64_V128_bf16'
   'options/bounded_l2norm_logit_bf16' 'options/A_log_bf16_dt_bias_bf16_bf16'
+  'invariance/crowd_bounded_D128_bf16' 'invariance/crowd_softplus_g32_kv_D128_bf16'
   'shapes/B1_T40_H1_HV1_K128_V128_bf16' 'shapes/T17_bf16' 'ragged/mixed_tail_i32_bf16'
   'strides/misaligned_bf16' 'strides/padded_bf16' 'strides/padded_pool_bf16'
   'indices/out_of_range_bf16' 'indices/apart_skip_has_initial_bf16' 'states/kv_bf16_to_bf16_bf16'
@@ -72,13 +70,17 @@ cases=(
 )
 patterns=()
 for name in "${cases[@]}"; do patterns+=(--case "$name"); done
-for tool in memcheck racecheck initcheck synccheck; do
-  title "$tool"
-  timeout 150 "$sanitizer" --tool $tool --log-file $logs/$tool.log \
-    "$FLASHKDA_TOOL" check --backend "$backends" --no-guards "${patterns[@]}" --json >$logs/$tool.json
-  echo $? >$logs/$tool.status
-  tail -n 1 $logs/$tool.log
-done
+sanitize() { # TOOL
+  timeout 240 "$sanitizer" --tool "$1" --log-file "$logs/$1.log" \
+    "$FLASHKDA_TOOL" check --backend "$backends" --no-guards "${patterns[@]}" --json >"$logs/$1.json"
+  echo $? >"$logs/$1.status"
+  echo "$1 (${SECONDS}s): $(tail -n 1 "$logs/$1.log")"
+}
+title "case table on $backends, and at the same time memcheck, racecheck, initcheck, synccheck"
+for tool in memcheck racecheck initcheck synccheck; do sanitize $tool & done
+timeout 300 "$FLASHKDA_TOOL" check --backend "$backends" --json >$logs/check.json
+echo "case table (${SECONDS}s)"
+wait
 
 title summary
 commit=${FLASHKDA_COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}

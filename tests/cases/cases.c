@@ -1296,6 +1296,40 @@ static void thread_cases(void) {
   }
 }
 
+/* ---- more heads and sequences than a GPU has processors: 8, 9, 15 ----------------------------------- */
+
+/* 144 of them: blocks own all of V, or take turns, where a sequence by itself is cut into parts of V. */
+static void crowd_cases(void) {
+  static const int64_t lens[] = {40, 1, 33};
+  static const struct {
+    const char *name;
+    fkda_gate gate;
+    int32_t K, g_dtype;
+    fkda_state_layout layout;
+  } rows[] = {
+      {"crowd_bounded_D128", FKDA_GATE_BOUNDED, 128, FKDA_BF16, FKDA_STATE_VK},
+      {"crowd_softplus_g32_kv_D128", FKDA_GATE_SOFTPLUS, 128, FKDA_F32, FKDA_STATE_KV},
+      {"crowd_direct_K64_V128", FKDA_GATE_DIRECT, 64, FKDA_BF16, FKDA_STATE_VK},
+  };
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    fkda_case *c = add(FKDA_GROUP_invariance, 15, FKDA_BF16, "%s", rows[i].name);
+    c->numbers[1] = 9;
+    c->numbers[2] = 8;
+    ragged(c, lens, 3);
+    c->H = 24;
+    c->HV = 48;
+    c->K = rows[i].K;
+    c->V = 128;
+    c->layout = rows[i].layout;
+    c->gate = rows[i].gate;
+    if (c->gate == FKDA_GATE_SOFTPLUS) c->g = normal(0, 6);
+    if (c->gate == FKDA_GATE_DIRECT) direct(c, (fkda_dist){FKDA_DIST_SWITCH, -0.1, -80});
+    c->g_dtype = rows[i].g_dtype;
+    c->batch_invariant = true;
+    c->claims = FKDA_CLAIM_ALONE | FKDA_CLAIM_TWICE;
+  }
+}
+
 static void build(void) {
   gate_cases();
   number_cases();
@@ -1312,6 +1346,7 @@ static void build(void) {
   summary_cases();
   backward_cases();
   thread_cases();
+  crowd_cases();
 }
 
 int fkda_case_count(void) {
