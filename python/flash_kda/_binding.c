@@ -61,6 +61,7 @@
   X(d_initial_state, "None")                                                                       \
   X(M, "None")                                                                                     \
   X(b, "None")                                                                                     \
+  X(output_final_state, "False")                                                                   \
   X(op, "'prefill'")                                                                               \
   X(T_total, "None")                                                                               \
   X(H, "None")                                                                                     \
@@ -110,8 +111,6 @@ typedef struct signature {
       P_final_state, P_cu_seqlens, COMMON_OPTIONS, INDEX_OPTIONS, CHECKPOINT_OPTIONS, CALL_OPTIONS
 
 SIGNATURE(fwd, 10, 13, FWD_PARAMETERS);
-SIGNATURE(fwd_in_order, 10, 18,
-          FWD_PARAMETERS); /* COMMON_OPTIONS by position too: fewer to match */
 SIGNATURE(decode, 6, 7, P_q, P_k, P_v, P_g, P_beta, P_state, P_out, INDEX_OPTIONS, P_initial_state,
           P_num_accepted_tokens, P_scale, P_A_log, P_dt_bias, P_lower_bound, COMMON_OPTIONS,
           P_write_state, CALL_OPTIONS);
@@ -120,6 +119,9 @@ SIGNATURE(backward, 10, 13, P_q, P_k, P_v, P_g, P_beta, P_scale, P_d_out, P_A_lo
           P_lower_bound, P_initial_state, P_d_final_state, P_cu_seqlens, COMMON_OPTIONS,
           P_checkpoint_state, P_checkpoint_every, P_d_q, P_d_k, P_d_v, P_d_g, P_d_beta, P_d_A_log,
           P_d_dt_bias, P_d_initial_state, P_workspace, P_backend);
+/* What chunk_kda() and fused_recurrent_kda() call first, see results_of(). */
+SIGNATURE(results, 17, 17, P_q, P_k, P_v, P_g, P_beta, P_scale, P_A_log, P_dt_bias, P_lower_bound,
+          P_initial_state, P_cu_seqlens, COMMON_OPTIONS, P_output_final_state);
 SIGNATURE(summary, 6, 10, P_k, P_v, P_g, P_beta, P_M, P_b, P_A_log, P_dt_bias, P_lower_bound,
           P_cu_seqlens, COMMON_OPTIONS, P_workspace, P_backend);
 /* All that fwd() and decode() take, and of backward() the inputs. */
@@ -556,14 +558,6 @@ static PyObject *fwd(PyObject *self, PyObject *const *args, Py_ssize_t count, Py
   return finish(&c, read_prefill(&c, true), Py_None);
 }
 
-static PyObject *fwd_in_order(PyObject *self, PyObject *const *args, Py_ssize_t count,
-                              PyObject *keywords) {
-  (void)self;
-  call c;
-  if (parse(&c, &fwd_in_order_signature, args, count, keywords)) return NULL;
-  return finish(&c, read_prefill(&c, true), Py_None);
-}
-
 static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t count,
                         PyObject *keywords) {
   (void)self;
@@ -594,6 +588,107 @@ static PyObject *summary(PyObject *self, PyObject *const *args, Py_ssize_t count
   call c;
   if (parse(&c, &summary_signature, args, count, keywords)) return NULL;
   return finish(&c, read_summary(&c), Py_None);
+}
+
+/* ---- the short way of flash_kda.ops ------------------------------------------------------------ */
+
+/* From ops.py: torch.Tensor, torch.empty_like, and functions of torch with what they answer where its
+ * dispatcher would do nothing but call us. */
+static struct {
+  PyTypeObject *tensor;
+  PyObject *empty_like;
+  PyObject *states; /* ((function, answer), ...) */
+} torch;
+
+static PyObject *set_torch(PyObject *self, PyObject *args) {
+  (void)self;
+  PyObject *tensor, *empty_like, *states;
+  if (!PyArg_ParseTuple(args, "OOO!", &tensor, &empty_like, &PyTuple_Type, &states)) return NULL;
+  Py_INCREF(tensor), Py_INCREF(empty_like), Py_INCREF(states); /* for the process */
+  torch.empty_like = empty_like;
+  torch.states = states;
+  torch.tensor = (PyTypeObject *)tensor;
+  Py_RETURN_NONE;
+}
+
+/* Tensors of the plain type, and torch in its plain state? */
+static bool is_plain(const call *c) {
+  static const parameter tensors[] = {P_q, P_k, P_v, P_g, P_beta};
+  if (!torch.tensor) return false;
+  for (int i = 0; i < 5; i++)
+    if (Py_TYPE(c->value[tensors[i]]) != torch.tensor) return false;
+  if (given(c, P_initial_state) && Py_TYPE(c->value[P_initial_state]) != torch.tensor) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(torch.states); i++) {
+    PyObject *pair = PyTuple_GetItem(torch.states, i);
+    PyObject *answer = PyObject_CallNoArgs(PyTuple_GetItem(pair, 0));
+    Py_XDECREF(answer);
+    if (!answer || answer != PyTuple_GetItem(pair, 1))
+      return false; /* None, False, 0: singletons */
+  }
+  return true;
+}
+
+static bool is_contiguous(const fkda_tensor *t) {
+  int64_t elements = 1;
+  for (int32_t i = t->ndim - 1; i >= 0; i--) {
+    if (t->shape[i] != 1 && t->stride[i] != elements) return false;
+    elements *= t->shape[i];
+  }
+  return true;
+}
+
+static PyObject *empty_like(call *c, PyObject *object, fkda_tensor *tensor) {
+  PyObject *result = PyObject_CallFunctionObjArgs(torch.empty_like, object, NULL);
+  if (result && tensors_read(&c->tensors, "out", result, true, tensor)) Py_CLEAR(result);
+  return result;
+}
+
+/* The usual call with its results allocated, in microseconds less than ops.py needs for it. Whatever is
+ * not usual, errors included, is left to ops.py: NotImplemented. */
+static PyObject *results_of(PyObject *const *args, Py_ssize_t count, PyObject *keywords, bool few) {
+  call c;
+  if (parse(&c, &results_signature, args, count, keywords)) return NULL;
+  PyObject *out = NULL, *final = NULL, *result = NULL;
+  fkda_prefill_args *p = &c.args.prefill;
+  fkda_decode_args *d = &c.args.decode;
+  PyObject *wanted = c.value[P_output_final_state];
+  const bool store = wanted == Py_True, clear = store || wanted == Py_False;
+  c.value[P_write_state] = wanted;
+  if (clear && is_plain(&c) && !(few ? read_decode(&c, true) : read_prefill(&c, true))) {
+    const fkda_tensor *v = few ? &d->v : &p->v;
+    const fkda_tensor *initial = few ? &d->initial_state : &p->initial_state;
+    const bool usual =
+        is_contiguous(v) && v->dtype != FKDA_F64 &&
+        (initial->dtype ? !store || (initial->dtype == FKDA_F32 && is_contiguous(initial))
+                        : !store && !few);
+    if (usual) out = empty_like(&c, c.value[P_v], few ? &d->out : &p->out);
+    if (out && store)
+      final = empty_like(&c, c.value[P_initial_state], few ? &d->state : &p->final_state);
+    if (out && (final || !store) && run_without_gil(&c) == FKDA_OK) {
+      PyObject *state = store ? final : Py_None;
+      result =
+          few ? Py_BuildValue("(OO)", out, state) : Py_BuildValue("(OOO)", out, state, Py_None);
+    }
+  }
+  tensors_release(&c.tensors);
+  Py_XDECREF(out);
+  Py_XDECREF(final);
+  if (result) return result;
+  PyErr_Clear();
+  Py_INCREF(Py_NotImplemented);
+  return Py_NotImplemented;
+}
+
+static PyObject *prefill_results(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                 PyObject *keywords) {
+  (void)self;
+  return results_of(args, count, keywords, false);
+}
+
+static PyObject *recurrent_results(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                   PyObject *keywords) {
+  (void)self;
+  return results_of(args, count, keywords, true);
 }
 
 /* ---- questions -------------------------------------------------------------------------------- */
@@ -1001,7 +1096,9 @@ static PyMethodDef methods[] = {
      "loads "
      "the\n"
      "kernels ('cuda', 'cuda:1', a torch.device). Needed before a CUDA graph captures that call."},
-    {"_fwd_in_order", FAST(fwd_in_order), METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"_set_torch", set_torch, METH_VARARGS, NULL},
+    {"_prefill_results", FAST(prefill_results), METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"_recurrent_results", FAST(recurrent_results), METH_FASTCALL | METH_KEYWORDS, NULL},
     {"_time_calls", FAST(time_calls), METH_FASTCALL | METH_KEYWORDS, NULL},
     {NULL, NULL, 0, NULL}};
 

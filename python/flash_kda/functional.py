@@ -152,7 +152,7 @@ def chunk_kda(
     gate, A_log, dt_bias, lower_bound = gate_of(use_gate_in_kernel, lower_bound, A_log, dt_bias)
     if safe_gate and gate == "softplus":
         raise ValueError("lower_bound: None, expected a number in [-5, 0) with safe_gate=True")
-    if chunk_size not in (32, 64):
+    if chunk_size != 64 and chunk_size != 32:
         raise ValueError(f"chunk_size: {chunk_size}, expected 32 or 64")
     if max_num_seqs is not None and use_graph and cu_seqlens is not None:
         if cu_seqlens.shape[0] - 1 != max_num_seqs:
@@ -164,12 +164,20 @@ def chunk_kda(
     if grad:
         check_gradients(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate)
 
+    if transpose_state_layout is not None:
+        state_v_first = _v_first(state_v_first, transpose_state_layout)
+    if not (grad or return_intermediate_states or q.dtype is torch.float64):  # the usual call
+        out, final_state, _ = ops.prefill(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
+            use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+            "vk" if state_v_first else "kv", output_final_state,
+        )  # fmt: skip
+        return out, final_state
+
     every = rows = 0
     if return_intermediate_states:
         every = chunk_size
         rows = _intermediate_rows(q, cu_seqlens, cu_seqlens_cpu, chunk_size, use_graph)
-    if transpose_state_layout is not None:
-        state_v_first = _v_first(state_v_first, transpose_state_layout)
     out, final_state, states = ops.prefill(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
         use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,

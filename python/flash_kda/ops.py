@@ -13,7 +13,8 @@ v (and out) then take the autocast dtype, while gates, beta and states keep thei
 
 prefill() and recurrent() here are the same operations for Python callers: plain tensors in eager mode go
 straight to the C extension, because torch's dispatcher costs more than the rest of the call; everything
-else (tracing, tensor subclasses, dispatch modes, functorch, autocast) goes through the operator.
+else (tracing, tensor subclasses, dispatch modes, functorch, autocast) goes through the operator. The usual
+call, without copies and checkpoints, is one call of C from here, its results allocated there.
 """
 
 import torch
@@ -21,16 +22,19 @@ from torch import Tensor
 
 from . import _C, autograd
 
-# What every call uses, without a look-up in a module.
-_fwd = _C._fwd_in_order
-_empty_like = torch.empty_like
 _CONTIGUOUS = torch.contiguous_format
 _FLOAT32 = torch.float32
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.maybe_current_level
-_tracing_state = torch._C._get_tracing_state
-_any_autocast = torch._C._is_any_autocast_enabled
+
+# What torch says about itself where its dispatcher would do nothing with plain tensors but call us: no
+# dispatch mode, no functorch transform, no tracing, no autocast.
+_PLAIN_STATE = (
+    (torch._C._len_torch_dispatch_stack, 0),
+    (torch._C._functorch.maybe_current_level, None),
+    (torch._C._get_tracing_state, None),
+    (torch._C._is_any_autocast_enabled, False),
+)
+_C._set_torch(Tensor, torch.empty_like, _PLAIN_STATE)
 
 _OPTIONS = """
     str gate="bounded", bool l2norm=True, bool beta_is_logit=True, bool allow_neg_eigval=False,
@@ -117,22 +121,24 @@ def _checkpoints_like(q, v, rows, state_layout):
     return v.new_empty((rows, *state_shape(q, v, None, state_layout)[1:]))
 
 
-def _direct(q, k, v, g, beta, state) -> bool:
+def _direct(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would do nothing but call us."""
     return (
         not _is_compiling()
-        and not _dispatch_modes()
-        and _functorch_level() is None
-        and _tracing_state() is None
-        and not _any_autocast()
-        and type(q) is Tensor
-        and type(k) is Tensor
-        and type(v) is Tensor
-        and type(g) is Tensor
-        and type(beta) is Tensor
-        and (state is None or type(state) is Tensor)
-        and not q.is_meta
+        and all(function() == answer for function, answer in _PLAIN_STATE)
+        and all(x is None or (type(x) is Tensor and not x.is_meta) for x in tensors)
     )
+
+
+def _with_copies(run, *tensors):
+    """run(*tensors), with copies where the library refuses them as they are. Nothing is written then."""
+    try:
+        return run(*tensors)
+    except (TypeError, ValueError):
+        fitted = _fitted(*tensors)
+        if fitted is None:
+            raise
+    return run(*fitted)
 
 
 def prefill(
@@ -145,9 +151,19 @@ def prefill(
     zero_out: rows of out that belong to no sequence are zero, not what the memory held. With `here` the
     operator is what calls, and the tensors are the real ones. With `dispatch` it is called in any case:
     gradients are needed."""
+    if not (
+        here or dispatch or checkpoint_rows or zero_out or batch_invariant or backend is not None
+    ):
+        if not _is_compiling():  # the usual call, all of it in C
+            results = _C._prefill_results(
+                q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens,
+                gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
+            )  # fmt: skip
+            if results is not NotImplemented:
+                return results
     if dispatch or not (here or _direct(q, k, v, g, beta, initial_state)):
         # torch.func's transforms want to see an autograd.Function before the dispatcher does.
-        transformed = dispatch and _functorch_level() is not None
+        transformed = dispatch and torch._C._functorch.maybe_current_level() is not None
         run = autograd.recorded if transformed else torch.ops.flash_kda.prefill.default
         out, final, checkpoints = run(
             q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
@@ -160,49 +176,30 @@ def prefill(
         )  # fmt: skip
         return out, final if output_final_state else None, checkpoints if checkpoint_rows else None
 
-    out = _empty_like(v) if v.is_contiguous() else _empty_like(v, memory_format=_CONTIGUOUS)
+    out = torch.empty_like(v, memory_format=_CONTIGUOUS)
     if zero_out:
         out.zero_()
-    if not output_final_state:
-        final = None
-    elif (
-        initial_state is not None
-        and initial_state.dtype is state_dtype(v)
-        and initial_state.is_contiguous()
-    ):
-        final = _empty_like(initial_state)  # of the right shape, or the call is refused
-    else:
+    final = checkpoints = None
+    if output_final_state:
         final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=state_dtype(v))
-    options = {}
+    options = dict(
+        gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit, allow_neg_eigval=allow_neg_eigval,
+        state_layout=state_layout, batch_invariant=batch_invariant, backend=backend,
+    )  # fmt: skip
     if checkpoint_rows:
-        options["checkpoint_state"] = _checkpoints_like(q, v, checkpoint_rows, state_layout)
+        checkpoints = _checkpoints_like(q, v, checkpoint_rows, state_layout)
+        options["checkpoint_state"] = checkpoints
         options["checkpoint_every"] = checkpoint_every
         options["checkpoint_before"] = checkpoint_before
-    if batch_invariant:
-        options["batch_invariant"] = True
-    if backend is not None:
-        options["backend"] = backend
-    try:
-        if options:
-            _fwd(
-                q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
-                cu_seqlens, gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout, **options,
-            )  # fmt: skip
-        else:  # no dict to look through
-            _fwd(
-                q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
-                cu_seqlens, gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout,
-            )  # fmt: skip
-    except (TypeError, ValueError):  # nothing has been written
-        fitted = _fitted(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
-        if fitted is None:
-            raise
-        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens = fitted
-        _fwd(
+
+    def run(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens):
+        _C.fwd(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final,
-            cu_seqlens, gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout, **options,
+            cu_seqlens, **options,
         )  # fmt: skip
-    return out, final, options.get("checkpoint_state")
+
+    _with_copies(run, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
+    return out, final, checkpoints
 
 
 def recurrent(
@@ -210,6 +207,13 @@ def recurrent(
     allow_neg_eigval, state_layout, output_final_state, backend=None, *, here=False,
 ):  # fmt: skip
     """The operator recurrent: prefill for 1 to 8 tokens a sequence, on the decode kernel."""
+    if not here and not _is_compiling() and backend is None:
+        results = _C._recurrent_results(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None, gate, l2norm,
+            beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
+        )  # fmt: skip
+        if results is not NotImplemented:
+            return results
     if not here and not _direct(q, k, v, g, beta, initial_state):
         out, final = torch.ops.flash_kda.recurrent.default(
             q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
@@ -219,19 +223,15 @@ def recurrent(
         )  # fmt: skip
         return out, final if output_final_state else None
 
-    out = _empty_like(v) if v.is_contiguous() else _empty_like(v, memory_format=_CONTIGUOUS)
+    out = torch.empty_like(v, memory_format=_CONTIGUOUS)
     final = has_initial = None
+    if initial_state is None or output_final_state:
+        final = v.new_empty(state_shape(q, v, None, state_layout), dtype=state_dtype(v))
     if initial_state is None:  # read from nowhere, but the decode kernel wants a place
-        initial_state = final = v.new_empty(
-            state_shape(q, v, None, state_layout), dtype=state_dtype(v)
-        )
+        initial_state = final
         has_initial = v.new_zeros(v.shape[0], dtype=torch.bool)
-    elif output_final_state:
-        if initial_state.dtype is state_dtype(v) and initial_state.is_contiguous():
-            final = _empty_like(initial_state)
-        else:
-            final = v.new_empty(state_shape(q, v, None, state_layout), dtype=state_dtype(v))
-    try:
+
+    def run(q, k, v, g, beta, A_log, dt_bias, initial_state, _):
         _C.decode(
             q, k, v, g, beta, final, out, has_initial_state=has_initial,
             initial_state=initial_state, scale=scale, A_log=A_log, dt_bias=dt_bias,
@@ -239,36 +239,25 @@ def recurrent(
             allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
             write_state=output_final_state, backend=backend,
         )  # fmt: skip
-    except (TypeError, ValueError):
-        fitted = _fitted(q, k, v, g, beta, A_log, dt_bias, initial_state, None)
-        if fitted is None:
-            raise
-        q, k, v, g, beta, A_log, dt_bias, initial_state, _ = fitted
-        _C.decode(
-            q, k, v, g, beta, final, out, has_initial_state=has_initial,
-            initial_state=initial_state, scale=scale, A_log=A_log, dt_bias=dt_bias,
-            lower_bound=lower_bound, gate=gate, l2norm=l2norm, beta_is_logit=beta_is_logit,
-            allow_neg_eigval=allow_neg_eigval, state_layout=state_layout,
-            write_state=output_final_state, backend=backend,
-        )  # fmt: skip
+
+    _with_copies(run, q, k, v, g, beta, A_log, dt_bias, initial_state, None)
     return out, final if output_final_state else None
 
 
-def decode(q, k, v, g, beta, state, **options):
+def decode(
+    q, k, v, g, beta, state, *, A_log=None, dt_bias=None, initial_state=None, **options
+) -> Tensor:
     """flash_kda.decode, with copies of what the library does not take as it is; state is not copied."""
-    out = _empty_like(v, memory_format=_CONTIGUOUS)
-    try:
-        return _C.decode(q, k, v, g, beta, state, out, **options)
-    except (TypeError, ValueError):
-        fitted = _fitted(
-            q, k, v, g, beta, options.get("A_log"), options.get("dt_bias"),
-            options.get("initial_state"), None,
+    out = torch.empty_like(v, memory_format=_CONTIGUOUS)
+
+    def run(q, k, v, g, beta, A_log, dt_bias, initial_state, _):
+        _C.decode(
+            q, k, v, g, beta, state, out, A_log=A_log, dt_bias=dt_bias,
+            initial_state=initial_state, **options,
         )  # fmt: skip
-        if fitted is None:
-            raise
-        q, k, v, g, beta, A_log, dt_bias, initial_state, _ = fitted
-        options = {**options, "A_log": A_log, "dt_bias": dt_bias, "initial_state": initial_state}
-        return _C.decode(q, k, v, g, beta, state, out, **options)
+
+    _with_copies(run, q, k, v, g, beta, A_log, dt_bias, initial_state, None)
+    return out
 
 
 def supports(
@@ -302,7 +291,7 @@ def supports(
 def supports_gradients(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, gate, backend):
     """(True, '') or (False, reason): is there a backward for these? What else is wrong with a call the call
     itself says."""
-    if _is_compiling() or type(q) is not Tensor or _dispatch_modes() or q.is_meta:
+    if not _direct(q):
         return True, ""  # no memory to look at; the backward will tell
     answer = _C.supports(
         q, k, v, g, beta, scale, None, A_log, dt_bias, lower_bound, gate=gate, backend=backend,
@@ -341,7 +330,7 @@ def _prefill_fake(
         final = v.new_empty(state_shape(q, v, cu_seqlens, state_layout), dtype=state_dtype(v))
     if checkpoint_rows:
         checkpoints = _checkpoints_like(q, v, checkpoint_rows, state_layout)
-    out = _empty_like(v, memory_format=_CONTIGUOUS)
+    out = torch.empty_like(v, memory_format=_CONTIGUOUS)
     return tuple(_absent(v) if x is None else x for x in (out, final, checkpoints))
 
 

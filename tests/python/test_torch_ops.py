@@ -123,6 +123,57 @@ def test_fwd_and_decode_write_in_place():
     assert bits(result) == bits(flash_kda.decode(*inputs, pool, A_log=A_log, dt_bias=dt_bias))
 
 
+def test_the_short_way_is_for_the_usual_call():
+    """One call of C with its results: plain tensors as they are, and everything else is left to ops.py."""
+    p = problem(B=2, T=4)
+    q, k, v, g, beta = p.tensors(Torch)
+    state = Torch.of(p.initial_state)
+    names = dict(
+        q=q, k=k, v=v, g=g, beta=beta, scale=None, A_log=Torch.of(p.A_log),
+        dt_bias=Torch.of(p.dt_bias), lower_bound=-5.0, initial_state=state, cu_seqlens=None,
+        gate="bounded", l2norm=True, beta_is_logit=True, allow_neg_eigval=False,
+        state_layout="vk", output_final_state=True,
+    )  # fmt: skip
+
+    def short(**changed):
+        arguments = {**names, **changed}.values()
+        prefill = flash_kda._C._prefill_results(*arguments)
+        recurrent = flash_kda._C._recurrent_results(*arguments)
+        return prefill is not NotImplemented, recurrent is not NotImplemented
+
+    out, final, _ = flash_kda._C._prefill_results(*names.values())
+    assert [bits(out), bits(final)] == [bits(x) for x in p.fwd(Torch)]
+    out, final = flash_kda._C._recurrent_results(*names.values())
+    expected = flash_kda.fused_recurrent_kda(
+        *p.tensors(Torch), initial_state=state, output_final_state=True, state_v_first=True, **flags(p)
+    )  # fmt: skip
+    assert [bits(out), bits(final)] == [bits(x) for x in expected]
+    assert short() == (True, True)
+    assert short(output_final_state=False) == (True, True)
+    assert short(initial_state=state.bfloat16(), output_final_state=False) == (True, True)
+    no = False, False
+    assert short(output_final_state=1) == no
+    assert short(initial_state=None) == no
+    assert short(initial_state=None, output_final_state=False) == (True, False)
+    assert short(initial_state=state.bfloat16()) == no
+    assert short(initial_state=state[:1]) == no
+    assert short(v=v.transpose(1, 2).contiguous().transpose(1, 2)) == no
+    assert short(lower_bound=-9.0) == no and short(gate="none") == no
+    assert short(q=torch.nn.Parameter(q)) == no
+    assert short(k=k.to("meta")) == no
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert short() == no
+    with torch.autocast("cpu", torch.bfloat16):
+        assert short() == no
+
+    def mapped(x):
+        assert short() == no
+        return x
+
+    torch.vmap(mapped)(q)
+    assert short() == (True, True)
+
+
 # ---- compilation ----------------------------------------------------------------------------------------
 
 
