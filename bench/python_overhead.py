@@ -9,6 +9,9 @@ the tensors, releasing the GIL, keeping the workspace. The two loops alternate, 
 tokens, or one token of one small head on one thread) so that the kernel's own time does not drown the
 difference. On CUDA the C call returns when the kernel is queued; rounds are short enough that the queue
 never fills, and each begins with the device idle.
+
+The functions that allocate their results (chunk_kda, fused_recurrent_kda; gradients off) are compared with the
+C call on results that exist, and the time that torch takes to allocate them is said too.
 """
 
 import argparse
@@ -61,45 +64,40 @@ def problems(library):
 
 
 def torch_problems(convert):
-    """(text, function, arguments, keywords, what the C loop calls instead: name, arguments, keywords):
-    functions that allocate their results and then make that call."""
+    """(text, function, arguments, keywords, what the C loop calls instead: name, arguments, keywords; what
+    is allocated): functions that allocate their results and then make that call."""
     import torch
 
     def zeros(*shape):
         return convert(np.zeros(shape, np.float32))
 
-    T, H, D = 1, 1, 64
-    q, k, v, g, out = (zeros(1, T, H, D) for _ in range(5))
-    beta, A_log, dt_bias = zeros(1, T, H), convert(np.zeros(H, np.float32)), zeros(H, D)
-    f32 = dict(dtype=torch.float32, device=q.device)
-    state, final = (torch.zeros(1, H, D, D, **f32) for _ in range(2))
-    flags = dict(
-        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        lower_bound=-5.0, state_v_first=True,
-    )  # fmt: skip
-    common = (q, k, v, g, beta)
-    gate = dict(A_log=A_log, dt_bias=dt_bias, lower_bound=-5.0)
-    yield (
-        "chunk_kda, 8 tensors, 2 results",
-        flash_kda.chunk_kda,
-        common,
-        dict(initial_state=state, output_final_state=True, A_log=A_log, dt_bias=dt_bias, **flags),
-        ("fwd", (*common, None, out), dict(initial_state=state, final_state=final, **gate)),
-    )
-    yield (
-        "chunk_kda, 7 tensors, 1 result",
-        flash_kda.chunk_kda,
-        common,
-        dict(A_log=A_log, dt_bias=dt_bias, **flags),
-        ("fwd", (*common, None, out), gate),
-    )
-    yield (
-        "fused_recurrent_kda, 8 tensors, 2 results",
-        flash_kda.fused_recurrent_kda,
-        common,
-        dict(initial_state=state, output_final_state=True, A_log=A_log, dt_bias=dt_bias, **flags),
-        ("decode", (*common, final, out), gate),
-    )
+    H, D = 1, 64
+    for function, T, c_name in (
+        (flash_kda.chunk_kda, 0, "fwd"),
+        (flash_kda.chunk_kda, 1, "fwd"),
+        (flash_kda.fused_recurrent_kda, 1, "decode"),
+    ):
+        q, k, v, g, out = (zeros(1, T, H, D) for _ in range(5))
+        common = (q, k, v, g, zeros(1, T, H))
+        gate = dict(A_log=zeros(H), dt_bias=zeros(H, D), lower_bound=-5.0)
+        state, final = (
+            torch.zeros(1, H, D, D, dtype=torch.float32, device=q.device) for _ in range(2)
+        )
+        flags = dict(
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, state_v_first=True,
+        )  # fmt: skip
+        c_call = ((*common, None, out), dict(initial_state=state, final_state=final, **gate))
+        if c_name == "decode":
+            c_call = ((*common, final, out), dict(initial_state=state, **gate))
+        yield (
+            f"{function.__name__} T={T}, 8 tensors, 2 results",
+            function,
+            common,
+            dict(initial_state=state, output_final_state=True, **gate, **flags),
+            (c_name, *c_call),
+            (out, final),
+        )
 
 
 def python_loop(function, n, arguments, keywords):
@@ -110,6 +108,14 @@ def python_loop(function, n, arguments, keywords):
 
 
 CUDA_CALLS = 200  # in a round: fewer than a stream's queue holds
+
+
+def allocation(results):
+    """Microseconds that torch takes to allocate what is like these, one after the other."""
+    import torch
+
+    rounds = [sum(python_loop(torch.empty_like, 500, (x,), {}) for x in results) for _ in range(50)]
+    return 1e6 * min(rounds) / 500
 
 
 def measure(function, arguments, keywords, c_name, c_arguments, c_keywords, n, repeats, wait):
@@ -179,12 +185,13 @@ def main():
     for library, convert in libraries.items():
         cuda = library == "torch cuda"
         cases = [
-            (text, getattr(flash_kda, name), arguments, keywords, (name, arguments, keywords))
+            (text, getattr(flash_kda, name), arguments, keywords, (name, arguments, keywords), ())
             for text, name, arguments, keywords in problems(convert)
         ]
         if library != "numpy":
+            torch.set_grad_enabled(False)
             cases += torch_problems(convert)
-        for text, function, arguments, keywords, c_call in cases:
+        for text, function, arguments, keywords, c_call, results in cases:
             result = measure(
                 function,
                 arguments,
@@ -194,10 +201,13 @@ def main():
                 options.repeats,
                 torch.cuda.synchronize if cuda else lambda: None,
             )
+            if results:
+                result["allocation_us"] = round(allocation(results), 3)
             rows.append({"library": library, "name": text, **result})
             print(
                 f"{library:>10}{'  ' + text:<44}{result['python_us']:>10.2f}{result['c_us']:>10.2f}"
                 f"{result['overhead_us']:>10.2f}"
+                + (f", {result['allocation_us']:.2f} of it allocation" if results else "")
             )
     if options.json:
         recorded = {
