@@ -22,6 +22,9 @@ from torch import Tensor
 
 from . import _C, autograd
 
+if not hasattr(torch.library, "register_fake"):
+    raise ImportError(f"torch {torch.__version__}: flash_kda.ops needs 2.4 or newer")
+
 _CONTIGUOUS = torch.contiguous_format
 _FLOAT32 = torch.float32
 _is_compiling = torch.compiler.is_compiling
