@@ -79,6 +79,7 @@ class Calls:
         self._wrap(flash_kda, "fwd", "prefill")
         self._wrap(ops, "prefill", "prefill")
         self._wrap(ops, "decode", "decode")
+        self._wrap(ops, "recurrent", "decode")
 
     def _wrap(self, owner, name, kind):
         run = getattr(owner, name)

@@ -12,9 +12,10 @@ replaces what a linear attention layer calls:
     causal_conv1d_fn                only for packed sequences, where no convolution kernel is installed
     the forget gate's forward       so that the gate is activated inside of the kernels
 
-What the kernels do not compute runs as it did before: calls that need gradients, torch.export, devices
-other than CPU and CUDA, dtypes that a device refuses. On the CPU it is then transformers' PyTorch function,
-even where flash-linear-attention is installed, because its Triton kernels need a GPU.
+What the kernels do not compute runs as it did before: gradients on a device that has no backward kernels,
+torch.export, devices other than CPU and CUDA, dtypes that a device refuses. On the CPU it is then
+transformers' PyTorch function, even where flash-linear-attention is installed, because its Triton kernels
+need a GPU.
 """
 
 import functools
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C, ops
+from .. import _C, functional, ops
 
 __all__ = ["disable", "enable", "is_enabled"]
 
@@ -40,7 +41,6 @@ _MODELS = {
     "glm5_next": ("Glm5NextTextLinearAttention", "Glm5NextTextForgetGate"),
 }
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
-_MAX_DECODE = 8  # tokens a sequence that the decode kernel takes
 _IN_PLACE = (
     "flash_kda_in_place"  # keyword by which a layer allows its cache's state to be overwritten
 )
@@ -118,30 +118,33 @@ def _refusal(*key) -> str:
 
 
 @functools.cache
-def _find_refusal(device, dtype, g_dtype, beta_dtype, heads, K, V, gate, lower_bound) -> str:
-    """Why the kernels do not take tensors like these; empty if they do."""
+def _find_refusal(device, dtype, g_dtype, beta_dtype, heads, K, V, gate, lower_bound, grad) -> str:
+    """Why the kernels do not take tensors like these, or have no gradients of them; empty if they do."""
     if device.type not in ("cpu", "cuda"):
         return f"tensors on {device}"
 
     def tensor(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device=device)
 
+    tokens = (
+        tensor(1, 1, heads, K, dtype=dtype),
+        tensor(1, 1, heads, K, dtype=dtype),
+        tensor(1, 1, heads, V, dtype=dtype),
+        tensor(1, 1, heads, K, dtype=g_dtype),
+        tensor(1, 1, heads, dtype=beta_dtype),
+    )
     try:
         good, reason = _C.supports(
-            tensor(1, 1, heads, K, dtype=dtype),
-            tensor(1, 1, heads, K, dtype=dtype),
-            tensor(1, 1, heads, V, dtype=dtype),
-            tensor(1, 1, heads, K, dtype=g_dtype),
-            tensor(1, 1, heads, dtype=beta_dtype),
-            lower_bound=lower_bound,
-            gate=gate,
-            beta_is_logit=False,
-            state_layout="kv",
+            *tokens, lower_bound=lower_bound, gate=gate, beta_is_logit=False, state_layout="kv"
         )
     except (TypeError, ValueError) as error:
         good, reason = False, str(error)
     if not good:
         logger.warning("transformers' own functions run on %s: %s", device, reason)
+    elif grad:
+        good, reason = ops.supports_gradients(*tokens, None, None, None, lower_bound, gate, None)
+        if not good:
+            logger.info("transformers' own functions train on %s: %s", device, reason)
     return "" if good else reason
 
 
@@ -151,25 +154,27 @@ def _needs_grad(*tensors) -> bool:
     )
 
 
+def _tensors_of(g) -> tuple:
+    """Of a gate: a tensor or a _RawGate."""
+    return tuple(g) if isinstance(g, _RawGate) else (g,)
+
+
 def _declines(q: Tensor, v: Tensor, g, beta: Tensor, initial_state: Tensor | None) -> bool:
     """Whether a call is left to transformers. g is a tensor or a _RawGate."""
     raw = isinstance(g, _RawGate)
-    return (
-        _is_exporting()
-        or _needs_grad(q, v, beta, initial_state, *(g if raw else (g,)))
-        or bool(
-            _refusal(
-                q.device,
-                q.dtype,
-                (g.raw if raw else g).dtype,
-                beta.dtype,
-                q.shape[2],
-                q.shape[3],
-                v.shape[3],
-                g.kind if raw else "direct",
-                g.lower_bound if raw else None,
-            )  # fmt: skip
-        )
+    return _is_exporting() or bool(
+        _refusal(
+            q.device,
+            q.dtype,
+            (g.raw if raw else g).dtype,
+            beta.dtype,
+            q.shape[2],
+            q.shape[3],
+            v.shape[3],
+            g.kind if raw else "direct",
+            g.lower_bound if raw else None,
+            _needs_grad(q, v, beta, initial_state, *_tensors_of(g)),
+        )  # fmt: skip
     )
 
 
@@ -187,8 +192,8 @@ def _stock(stock, packed: bool, q: Tensor):
         return stock
     if packed:
         raise ValueError(
-            "cu_seqlens: transformers' PyTorch functions cannot keep packed sequences apart; "
-            "flash_kda can, but computes no gradients"
+            "cu_seqlens: transformers' PyTorch functions, which this call is left to, cannot keep "
+            "packed sequences apart"
         )
     return pytorch
 
@@ -220,17 +225,19 @@ class _RawGate(NamedTuple):
 
 def _gate_forward(stock):
     def forward(self, hidden_states):
-        if _is_exporting() or _needs_grad(hidden_states, *self.parameters()):
+        lower_bound = getattr(self, "safe_gate_lower_bound", None)
+        device, dtype = hidden_states.device, self.f_b_proj.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if _is_exporting() or _refusal(
+            device, dtype, dtype, dtype, self.num_heads, self.head_dim, self.head_dim,
+            "softplus" if lower_bound is None else "bounded", lower_bound,
+            _needs_grad(hidden_states, *self.parameters()),
+        ):  # fmt: skip
             return stock(self, hidden_states)
         raw = self.f_b_proj(self.f_a_proj(hidden_states))
         raw = raw.view(*hidden_states.shape[:2], -1, self.head_dim)
-        gate = _RawGate(raw, self.A_log, self.dt_bias, getattr(self, "safe_gate_lower_bound", None))
-        heads, K = raw.shape[2:]
-        if _refusal(
-            raw.device, raw.dtype, raw.dtype, raw.dtype, heads, K, K, gate.kind, gate.lower_bound
-        ):
-            return stock(self, hidden_states)
-        return gate
+        return _RawGate(raw, self.A_log, self.dt_bias, lower_bound)
 
     return forward
 
@@ -244,20 +251,13 @@ def _cu_seqlens(keywords: dict) -> Tensor | None:
     return keywords.get("cu_seq_lens_q") if given is None else given
 
 
-def _gate_options(g) -> tuple:
-    """(g, A_log, dt_bias, lower_bound, gate) as the operators take them."""
-    if isinstance(g, _RawGate):
-        return g.raw, g.A_log, g.dt_bias, g.lower_bound, g.kind
-    return g, None, None, None, "direct"
-
-
-def _prefill(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-    g, A_log, dt_bias, lower_bound, gate = _gate_options(g)
-    out, final_state, _ = ops.prefill(
-        q, k, v, g, beta, None, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate, l2norm,
-        False, False, "kv", output_final_state,
-    )  # fmt: skip
-    return out, final_state
+def _gate_options(g) -> tuple[Tensor, dict]:
+    """g, and the options that go with it as FLA's functions name them."""
+    if not isinstance(g, _RawGate):
+        return g, dict(use_gate_in_kernel=False)
+    return g.raw, dict(
+        use_gate_in_kernel=True, A_log=g.A_log, dt_bias=g.dt_bias, lower_bound=g.lower_bound
+    )
 
 
 def _chunk(stock):
@@ -265,6 +265,7 @@ def _chunk(stock):
         query, key, value, g, beta, chunk_size=64, initial_state=None, output_final_state=False,
         use_qk_l2norm_in_kernel=False, **kwargs,
     ):  # fmt: skip
+        kwargs.pop(_IN_PLACE, None)
         cu_seqlens = _cu_seqlens(kwargs)
         if _declines(query, value, g, beta, initial_state):
             return _stock(stock, cu_seqlens is not None, query)(
@@ -277,9 +278,14 @@ def _chunk(stock):
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
                 **kwargs,
             )  # fmt: skip
-        return _prefill(
-            query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-            cu_seqlens,
+        g, options = _gate_options(g)
+        return functional.chunk_kda(
+            query, key, value, g, beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            cu_seqlens=cu_seqlens,
+            **options,
         )  # fmt: skip
 
     return chunk_kimi_delta_attention
@@ -302,29 +308,38 @@ def _recurrent(stock):
                 use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
                 **kwargs,
             )  # fmt: skip
-        if cu_seqlens is not None or not 0 < query.shape[1] <= _MAX_DECODE:
-            return _prefill(
-                query, key, value, g, beta, initial_state, output_final_state,
-                use_qk_l2norm_in_kernel, cu_seqlens,
-            )  # fmt: skip
-        B, _, heads, K = query.shape
-        if initial_state is None:
-            state = query.new_zeros((B, heads, K, value.shape[3]), dtype=torch.float32)
-        elif output_final_state and not (in_place and initial_state.dtype == torch.float32):
-            state = initial_state.to(
-                torch.float32, copy=True, memory_format=torch.contiguous_format
-            )
-        else:
-            state = initial_state
-        g, A_log, dt_bias, lower_bound, gate = _gate_options(g)
-        out = ops.decode(
-            query, key, value, g, beta, state, A_log=A_log, dt_bias=dt_bias,
-            lower_bound=lower_bound, gate=gate, l2norm=use_qk_l2norm_in_kernel, beta_is_logit=False,
-            state_layout="kv", write_state=output_final_state,
+        if (
+            in_place
+            and output_final_state
+            and initial_state is not None
+            and initial_state.dtype == torch.float32
+            and not _needs_grad(query, key, value, beta, *_tensors_of(g))
+        ):
+            return _decode(query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel)
+        g, options = _gate_options(g)
+        return functional.fused_recurrent_kda(
+            query, key, value, g, beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            cu_seqlens=cu_seqlens,
+            **options,
         )  # fmt: skip
-        return out, state if output_final_state else None
 
     return recurrent_kimi_delta_attention
+
+
+def _decode(q, k, v, g, beta, state, l2norm):
+    """(out, state), the state overwritten."""
+    kind = g.kind if isinstance(g, _RawGate) else "direct"
+    g, options = _gate_options(g)
+    del options["use_gate_in_kernel"]
+    run = ops.decode if ops._direct(q, k, v, g, beta, state) else torch.ops.flash_kda.decode
+    out = run(
+        q, k, v, g, beta, state, gate=kind, l2norm=l2norm, beta_is_logit=False, state_layout="kv",
+        **options,
+    )  # fmt: skip
+    return out, state
 
 
 def _layer_forward(stock):
