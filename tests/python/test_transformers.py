@@ -710,8 +710,11 @@ print(count, tokens, stock, sep=";")
 """
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before_import", "after_import"])
-@pytest.mark.parametrize("fla", [False, True], ids=["without_fla", "with_fla"])
+@pytest.mark.parametrize(
+    "fla, first",
+    [(False, True), (True, True), (True, False)],  # without FLA, afterwards: all tests above
+    ids=["without_fla-before_import", "with_fla-before_import", "with_fla-after_import"],
+)
 def test_with_and_without_fla(first, fla, tmp_path, run_python):
     """Where FLA is installed and there is no GPU, transformers alone fails inside of Triton."""
     (tmp_path / "fla/ops/kda").mkdir(parents=True)
