@@ -447,6 +447,18 @@ def test_bfloat16_error_is_stocks(name, form, device, calls):
     assert error <= 1.2 * stocks
 
 
+def test_autocast(calls):
+    """Projections in bfloat16 of a float32 model, gates fused: as far from float32 as stock."""
+    model, ids = copy.deepcopy(bfloat16_model("kimi_linear")).float(), tokens(1, 80)
+    with stock():
+        expected = logits(model, ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            stocks = difference(logits(model, ids), expected)
+    with ours(), torch.autocast("cpu", torch.bfloat16):
+        assert difference(logits(model, ids), expected) <= 1.2 * stocks
+    assert calls["prefill"] == KDA_LAYERS
+
+
 # ---- training ---------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def _tensors_of(g) -> tuple:
     return tuple(g) if isinstance(g, _RawGate) else (g,)
 
 
-def _declines(q: Tensor, v: Tensor, g, beta: Tensor, initial_state: Tensor | None) -> bool:
+def _declines(q: Tensor, k: Tensor, v: Tensor, g, beta: Tensor, state: Tensor | None) -> bool:
     """Whether a call is left to transformers. g is a tensor or a _RawGate."""
     raw = isinstance(g, _RawGate)
     return _is_exporting() or bool(
@@ -173,7 +173,7 @@ def _declines(q: Tensor, v: Tensor, g, beta: Tensor, initial_state: Tensor | Non
             v.shape[3],
             g.kind if raw else "direct",
             g.lower_bound if raw else None,
-            _needs_grad(q, v, beta, initial_state, *_tensors_of(g)),
+            _needs_grad(q, k, v, beta, state, *_tensors_of(g)),
         )  # fmt: skip
     )
 
@@ -226,7 +226,7 @@ class _RawGate(NamedTuple):
 def _gate_forward(stock):
     def forward(self, hidden_states):
         lower_bound = getattr(self, "safe_gate_lower_bound", None)
-        device, dtype = hidden_states.device, self.f_b_proj.weight.dtype
+        device, dtype = hidden_states.device, hidden_states.dtype  # what the projections will give
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if _is_exporting() or _refusal(
@@ -267,7 +267,7 @@ def _chunk(stock):
     ):  # fmt: skip
         kwargs.pop(_IN_PLACE, None)
         cu_seqlens = _cu_seqlens(kwargs)
-        if _declines(query, value, g, beta, initial_state):
+        if _declines(query, key, value, g, beta, initial_state):
             return _stock(stock, cu_seqlens is not None, query)(
                 query, key, value,
                 g=g.activated() if isinstance(g, _RawGate) else g,
@@ -298,7 +298,7 @@ def _recurrent(stock):
     ):  # fmt: skip
         in_place = kwargs.pop(_IN_PLACE, False)
         cu_seqlens = _cu_seqlens(kwargs)
-        if _declines(query, value, g, beta, initial_state):
+        if _declines(query, key, value, g, beta, initial_state):
             return _stock(stock, cu_seqlens is not None, query)(
                 query, key, value,
                 g=g.activated() if isinstance(g, _RawGate) else g,
