@@ -1,0 +1,337 @@
+"""Trains a small Kimi-Linear-style language model on text that ships with Python: its own reference manual.
+
+    python examples/train.py                                      # 200 steps on the CPU, a minute or so
+    python examples/train.py --kda naive                          # the token recurrence in PyTorch instead
+    python examples/train.py --save run.pt --steps 100            # stop half way ...
+    python examples/train.py --resume run.pt --steps 200          # ... and go on: the same losses
+    python examples/train.py --compare --json FILE --plot FILE    # all of it, side by side
+
+Bytes in, bytes out. Three layers of Kimi Delta Attention to one of multi-head latent attention without
+positions, as in Kimi Linear (arXiv 2510.26692); each followed by a SwiGLU MLP. --kda fla trains on
+flash-linear-attention's kernels (on a GPU); naive64 is the recurrence in float64 inside a float32 model: how far
+naive and naive64 come apart is what rounding does to a training curve.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+VOCABULARY = 256
+
+
+def corpus() -> torch.Tensor:
+    """The topics of Python's help(), about 465 KB of English."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+
+
+# ---- Kimi Delta Attention, three ways ------------------------------------------------------------------
+
+
+def naive_kda(q, k, v, g, beta, A_log, dt_bias, lower_bound, dtype):
+    """The definition, token by token; autograd does the rest."""
+    io = v.dtype
+    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    A, bias = A_log.to(dtype).exp()[:, None], dt_bias.to(dtype)
+    decay = (lower_bound * torch.sigmoid(A * (g + bias))).exp()
+    beta = beta.sigmoid()
+    B, _, H, K = q.shape
+    S = v.new_zeros(B, H, v.shape[3], K)
+    out = []
+    for q_t, k_t, v_t, decay_t, beta_t in zip(*(x.unbind(1) for x in (q, k, v, decay, beta))):
+        S = S * decay_t[:, :, None, :]
+        u = beta_t[:, :, None] * (v_t - (S * k_t[:, :, None, :]).sum(-1))
+        S = S + u[..., None] * k_t[:, :, None, :]
+        out.append((S * q_t[:, :, None, :]).sum(-1))
+    return (K**-0.5 * torch.stack(out, 1)).to(io)
+
+
+def kda_function(name):
+    if name in ("naive", "naive64"):
+        dtype = torch.float64 if name == "naive64" else torch.float32
+        return lambda *x: naive_kda(*x, dtype)
+    if name == "fla":
+        from fla.ops.kda import chunk_kda
+    else:
+        from flash_kda import chunk_kda
+
+    def run(q, k, v, g, beta, A_log, dt_bias, lower_bound):
+        return chunk_kda(
+            q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias.flatten(), lower_bound=lower_bound,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            safe_gate=True,
+        )[0]  # fmt: skip
+
+    return run
+
+
+# ---- the model -----------------------------------------------------------------------------------------
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution over 4 tokens, a filter for each channel, then SiLU."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, dim).uniform_(-0.5, 0.5))
+
+    def forward(self, x):
+        before = F.pad(x, (0, 0, 3, 0))
+        return F.silu(sum(before[:, i : i + x.shape[1]] * w for i, w in enumerate(self.weight)))
+
+
+class KDALayer(nn.Module):
+    def __init__(self, dim, heads, head_dim, kda):
+        super().__init__()
+        self.heads, self.head_dim, self.kda = heads, head_dim, kda
+        width = heads * head_dim
+        self.q, self.k, self.v = (nn.Linear(dim, width, bias=False) for _ in range(3))
+        self.convs = nn.ModuleList(ShortConvolution(width) for _ in range(3))
+        self.gate = nn.Sequential(
+            nn.Linear(dim, head_dim, bias=False), nn.Linear(head_dim, width, bias=False)
+        )
+        self.beta = nn.Linear(dim, heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(
+            torch.full((heads, head_dim), -4.0)
+        )  # decays of e^-0.1 to begin with
+        self.out_gate = nn.Linear(dim, width)
+        self.norm = nn.RMSNorm(head_dim)
+        self.out = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        shape = (B, T, self.heads, self.head_dim)
+        q, k, v = (c(p(x)).view(shape) for c, p in zip(self.convs, (self.q, self.k, self.v)))
+        g = self.gate(x).view(shape)
+        o = self.kda(q, k, v, g, self.beta(x), self.A_log, self.dt_bias, -5.0)
+        o = self.norm(o) * torch.sigmoid(self.out_gate(x)).view(shape)
+        return self.out(o.reshape(B, T, -1))
+
+
+class LatentAttention(nn.Module):
+    """Softmax attention whose keys and values come out of one small latent vector a token."""
+
+    def __init__(self, dim, heads, head_dim):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        width = heads * head_dim
+        self.q = nn.Linear(dim, width, bias=False)
+        self.latent = nn.Sequential(nn.Linear(dim, dim // 4, bias=False), nn.RMSNorm(dim // 4))
+        self.kv = nn.Linear(dim // 4, 2 * width, bias=False)
+        self.out = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(self.latent(x)).view(B, T, self.heads, -1).transpose(1, 2).chunk(2, -1)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(o.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.up, self.down = (
+            nn.Linear(dim, 4 * dim, bias=False),
+            nn.Linear(2 * dim, dim, bias=False),
+        )
+
+    def forward(self, x):
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Model(nn.Module):
+    def __init__(self, args, kda):
+        super().__init__()
+        dim, heads, head_dim = args.dim, args.heads, args.head_dim
+        self.embed = nn.Embedding(VOCABULARY, dim)
+        self.mixers, self.mlps, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for layer in range(args.layers):
+            full = layer % 4 == 3
+            mixer = (
+                LatentAttention(dim, heads, head_dim)
+                if full
+                else KDALayer(dim, heads, head_dim, kda)
+            )
+            self.mixers.append(mixer)
+            self.mlps.append(SwiGLU(dim))
+            self.norms.extend((nn.RMSNorm(dim), nn.RMSNorm(dim)))
+        self.norm = nn.RMSNorm(dim)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for i, (mixer, mlp) in enumerate(zip(self.mixers, self.mlps)):
+            x = x + mixer(self.norms[2 * i](x))
+            x = x + mlp(self.norms[2 * i + 1](x))
+        return self.norm(x) @ self.embed.weight.T
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+
+def batch(text, args, step, device):
+    """The same tokens at a step whatever came before."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    starts = torch.randint(0, len(text) - args.length - 1, (args.batch,), generator=generator)
+    rows = text[starts[:, None] + torch.arange(args.length + 1)]
+    return rows.to(device)
+
+
+def train(args, kda, steps, resume=None, save=None, say=print):
+    """Losses of the steps that were run, and tokens a second (the median step)."""
+    torch.manual_seed(args.seed)
+    text, device = corpus(), torch.device(args.device)
+    model = Model(args, kda_function(kda)).to(device)
+    nn.init.normal_(model.embed.weight, std=args.dim**-0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    first = 0
+    if resume:
+        kept = torch.load(resume, weights_only=True)
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        first = kept["step"]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    losses, times = [], []
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 20)
+        tokens = batch(text, args, step, device)
+        start = time.perf_counter()
+        with autocast:
+            logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        times.append(time.perf_counter() - start)
+        if step % 20 == 0 or step == steps - 1:
+            say(f"{kda:10s} step {step:5d}  loss {losses[-1]:.4f}  {1e3 * times[-1]:7.1f} ms")
+    if save:
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, save
+        )
+    median = sorted(times)[len(times) // 2] if times else float("nan")
+    return losses, args.batch * args.length / median
+
+
+def distance(a, b, window=10):
+    """Largest difference of two curves, each averaged over `window` steps."""
+    means = [torch.tensor(x).unfold(0, min(window, len(x)), 1).mean(-1) for x in (a, b)]
+    return float((means[0] - means[1]).abs().max())
+
+
+def compare(args):
+    names = ["flash_kda", "naive", "naive64"] + (["fla"] if args.device != "cpu" else [])
+    curves, rates = {}, {}
+    for name in names:
+        curves[name], rates[name] = train(args, name, args.steps)
+    half = args.steps // 2
+    path = args.save or "train-half.pt"
+    resumed, _ = train(args, "flash_kda", half, save=path)
+    resumed += train(args, "flash_kda", args.steps, resume=path)[0]
+    if not args.save:
+        os.unlink(path)
+    record = {
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": platform.processor() or platform.machine() if args.device == "cpu"
+        else torch.cuda.get_device_name(args.device),
+        "torch": torch.__version__,
+        "settings": {n: getattr(args, n) for n in
+                     ("steps", "seed", "layers", "dim", "heads", "head_dim", "length", "batch", "lr", "bf16")},
+        "tokens_per_second": {n: round(x) for n, x in rates.items()},
+        "distance": {
+            "flash_kda_naive": distance(curves["flash_kda"], curves["naive"]),
+            "naive_naive64": distance(curves["naive"], curves["naive64"]),
+            "resumed": max(abs(a - b) for a, b in zip(resumed, curves["flash_kda"])),
+        },
+        "losses": {n: [round(x, 5) for x in c] for n, c in curves.items()},
+    }  # fmt: skip
+    for name, value in record["tokens_per_second"].items():
+        print(f"{name:10s} {value:8d} tokens/s   last loss {curves[name][-1]:.4f}")
+    d = record["distance"]
+    print(f"curves apart: ours and naive {d['flash_kda_naive']:.4f}, naive and naive64 {d['naive_naive64']:.4f}; "
+          f"resumed and one run {d['resumed']:.2g}")  # fmt: skip
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(record, file, indent=1)
+    if args.plot:
+        plot(record, args.plot)
+
+
+def plot(record, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    styles = {"flash_kda": "-", "naive": "--", "naive64": ":", "fla": "-."}
+    for name, losses in record["losses"].items():
+        axes.plot(
+            losses, styles[name], label=f"{name}, {record['tokens_per_second'][name]} tokens/s"
+        )
+    axes.set(
+        xlabel="step", ylabel="loss (nats a byte)", title="Kimi-Linear-style model, the same seed"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(
+        ["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--kda", choices=["flash_kda", "naive", "naive64", "fla"], default="flash_kda"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=4, help="every fourth is full attention")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--save", help="write model and optimizer at the end")
+    parser.add_argument("--resume", help="start from what --save wrote")
+    parser.add_argument(
+        "--compare", action="store_true", help="every implementation, and a resumed run"
+    )
+    parser.add_argument("--json", help="with --compare: write curves and rates")
+    parser.add_argument("--plot", help="with --compare: draw the curves (matplotlib)")
+    args = parser.parse_args(arguments)
+    if args.compare:
+        return compare(args)
+    losses, rate = train(args, args.kda, args.steps, args.resume, args.save)
+    print(f"{rate:.0f} tokens/s")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""examples/train.py: it learns, its curve is that of the token recurrence, and a resumed run goes on as if nothing
+had been in between."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+path = pathlib.Path(__file__).parents[2] / "examples" / "train.py"
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's rms_norm under autocast
+
+spec = importlib.util.spec_from_file_location("train", path)
+assert spec and spec.loader
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+SMALL = "--dim 32 --heads 2 --head-dim 16 --length 24 --batch 2 --lr 1e-2".split()
+
+
+def test_learns():
+    losses = train.main([*SMALL, "--steps", "40"])
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+
+
+def test_bfloat16_autocast():
+    losses = train.main([*SMALL, "--steps", "6"])
+    lower = train.main([*SMALL, "--steps", "6", "--bf16"])
+    assert lower != losses and train.distance(lower, losses) < 0.1
+
+
+def test_compare(tmp_path, capsys):
+    """Curves of the same seed stay together, and stopping half way changes nothing."""
+    record, kept = tmp_path / "record.json", tmp_path / "run.pt"
+    train.main([*SMALL, "--steps", "8", "--compare", "--json", str(record), "--save", str(kept)])
+    record = json.loads(record.read_text())
+    distance = record["distance"]
+    assert distance["resumed"] == 0
+    assert distance["flash_kda_naive"] < 1e-3 and distance["naive_naive64"] < 1e-3
+    assert record["losses"]["naive"][0] == pytest.approx(record["losses"]["flash_kda"][0], abs=1e-4)
+    assert "tokens/s" in capsys.readouterr().out
