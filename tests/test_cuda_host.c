@@ -362,12 +362,19 @@ SCENARIO(prefill_launch) {
     int split;
     const char *entry;
   } cases[] = {
-      {1, 2, 128, 128, 2, "fkda_portable_prefill_k128_v64"},
+      {1, 2, 128, 128, 4, "fkda_portable_prefill_k128_v32"},
+      {1, 32, 128, 128, 4, "fkda_portable_prefill_k128_v32"},
+      {1, 34, 128, 128, 2, "fkda_portable_prefill_k128_v64"},
+      {1, 86, 128, 128, 2, "fkda_portable_prefill_k128_v64"},
+      {1, 88, 128, 128, 1, "fkda_portable_prefill_k128_v128"},
       {3, 96, 128, 128, 1, "fkda_portable_prefill_k128_v128"},
-      {1, 2, 128, 64, 1, "fkda_portable_prefill_k128_v64"},
-      {1, 2, 64, 128, 2, "fkda_portable_prefill_k64_v64"},
+      {1, 2, 128, 64, 2, "fkda_portable_prefill_k128_v32"},
+      {2, 34, 128, 64, 1, "fkda_portable_prefill_k128_v64"},
+      {1, 2, 64, 128, 4, "fkda_portable_prefill_k64_v32"},
+      {3, 12, 64, 128, 2, "fkda_portable_prefill_k64_v64"},
       {3, 96, 64, 128, 1, "fkda_portable_prefill_k64_v128"},
-      {5, 4, 64, 64, 1, "fkda_portable_prefill_k64_v64"},
+      {5, 4, 64, 64, 2, "fkda_portable_prefill_k64_v32"},
+      {17, 4, 64, 64, 1, "fkda_portable_prefill_k64_v64"},
   };
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
     const int64_t N = cases[i].N, HV = cases[i].HV, K = cases[i].K, V = cases[i].V;
@@ -513,7 +520,7 @@ SCENARIO(stream_of_another_device) {
   char message[300];
   snprintf(message, sizeof message,
            "stream: %p, expected a stream of device 0's primary context "
-           "(fkda_portable_prefill_k128_v64 was refused)",
+           "(fkda_portable_prefill_k128_v32 was refused)",
            a.stream);
   CHECK_TEXT(fkda_last_error(), message);
 }
@@ -523,7 +530,7 @@ SCENARIO(failed_launch) {
   fake.failing = "cuLaunchKernelEx";
   fake.failure = 700;
   CHECK_FAILS(fkda_prefill(&a), FKDA_ERROR_DEVICE,
-              "fkda_portable_prefill_k128_v64: CUDA_ERROR_FAKE, error 700 (made up for a test)");
+              "fkda_portable_prefill_k128_v32: CUDA_ERROR_FAKE, error 700 (made up for a test)");
 }
 
 /* ---- sm90 ---- */
@@ -738,7 +745,7 @@ SCENARIO(sm90_alignment) {
              4 * 136 * 2 + 2);
     check_not(&a, "sm90", reason);
     CHECK_OK(fkda_prefill(&a));
-    CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+    CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
     a.backend = "sm90";
     snprintf(message, sizeof message, "backend: \"sm90\" cannot run this call: %s", reason);
     const int launches = fake.launches;
@@ -760,7 +767,7 @@ SCENARIO(sm90_alignment) {
     a.backend = NULL;
     CHECK_TEXT(backend_of(&a), "portable");
     CHECK_OK(fkda_prefill(&a));
-    CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+    CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
     void *const data = t->data;
     t->data = NULL;
     CHECK_TEXT(backend_of(&a), "sm90");
@@ -796,14 +803,14 @@ SCENARIO(sm90_forced) {
   a.backend = "portable";
   check_not(&a, "sm90", "backend asks for portable");
   CHECK_OK(fkda_prefill(&a));
-  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
   a.backend = "sm90";
   CHECK_OK(fkda_prefill(&a));
   CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
   a.backend = NULL;
   setenv("FLASHKDA_BACKEND", "portable", 1);
   CHECK_OK(fkda_prefill(&a));
-  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
   setenv("FLASHKDA_BACKEND", "sm90", 1);
   CHECK_OK(fkda_prefill(&a));
   CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
@@ -861,7 +868,7 @@ SCENARIO(sm90_old_driver) {
   fkda_prefill_args a = hopper_prefill(1, 2, 128, 128);
   check_not(&a, "sm90", "the NVIDIA driver is too old: it has no cuTensorMapEncodeTiled");
   CHECK_OK(fkda_prefill(&a));
-  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v64");
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
 }
 
 /* ---- loading ---- */
@@ -967,9 +974,9 @@ SCENARIO(failed_loading) {
       {"cuThreadExchangeStreamCaptureMode", "cuThreadExchangeStreamCaptureMode"},
       {"cuStreamIsCapturing", "cuStreamIsCapturing"},
       {"cuModuleLoadData", "portable/prefill"},
-      {"cuModuleGetFunction", "fkda_portable_prefill_k64_v64"},
-      {"cuFuncSetAttribute", "fkda_portable_prefill_k64_v64"},
-      {"cuFuncLoad", "fkda_portable_prefill_k64_v64"},
+      {"cuModuleGetFunction", "fkda_portable_prefill_k64_v32"},
+      {"cuFuncSetAttribute", "fkda_portable_prefill_k64_v32"},
+      {"cuFuncLoad", "fkda_portable_prefill_k64_v32"},
   };
   fkda_prefill_args a = prefill(1, 2, 128, 128);
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {

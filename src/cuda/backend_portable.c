@@ -64,12 +64,15 @@ static bool available(const fkda_backend *self, char *reason, size_t capacity) {
 
 /* A head's value columns do not depend on one another, so that a block may own a part of them; results
  * are the same to the bit. In prefill each part repeats the factors (8)-(10), which pays where there
- * are too few heads to give every processor one: below two thirds of the processors. */
+ * are too few heads to give every processor one: parts of 32 columns while each has a processor of its
+ * own, parts of 64 below two thirds of the processors. */
 
 static int32_t split_of(const fkda_problem *p) {
   if (p->op == FKDA_OP_DECODE)
     return fkda_portable_decode_split(p->N, p->HV, p->V, FKDA_CUDA_PROCESSORS);
-  return p->V == 128 && 3 * p->N * p->HV < 2 * (int64_t)FKDA_CUDA_PROCESSORS ? 2 : 1;
+  const int64_t heads = p->N * p->HV;
+  if (heads * (p->V / 32) <= FKDA_CUDA_PROCESSORS) return (int32_t)(p->V / 32);
+  return p->V == 128 && 3 * heads < 2 * (int64_t)FKDA_CUDA_PROCESSORS ? 2 : 1;
 }
 
 static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,

@@ -24,7 +24,8 @@ typedef struct fkda_portable_params {
 
 /* X(K, part): K channels, `part` value columns a block. The entry point is
  * fkda_portable_prefill_k<K>_v<part>. */
-#define FKDA_PORTABLE_PREFILL_LIST(X) X(64, 64) X(64, 128) X(128, 64) X(128, 128)
+#define FKDA_PORTABLE_PREFILL_LIST(X)                                                              \
+  X(64, 32) X(64, 64) X(64, 128) X(128, 32) X(128, 64) X(128, 128)
 
 /* X(layout, K): layout vk or kv, K channels. The entry point is fkda_portable_decode_<layout>_k<K>. */
 #define FKDA_PORTABLE_DECODE_LIST(X) X(vk, 64) X(vk, 128) X(kv, 64) X(kv, 128)

@@ -109,6 +109,8 @@ struct Shared {
   static constexpr int STATE_WARPS = VP / 16;
   static constexpr int STATES = GROUPS * GROUP_THREADS; /* first thread of the state warps */
   static constexpr int THREADS = STATES + 32 * STATE_WARPS;
+  /* Where threads have registers to spare they hold addresses and lengths, elsewhere they make them anew. */
+  static constexpr bool ROOMY = THREADS <= 384;
   static constexpr int V_PITCH = 16 + 8; /* one 16-byte piece more: conflict-free ldmatrix */
   Task task;
   /* A phase is a chunk of the group. Its factor warps arrive when all but the triangles is there, and when
@@ -567,9 +569,13 @@ template <int K, int VP>
 __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
                                  const Task &task) {
   const fkda_problem &p = params.problem;
+  constexpr bool ROOMY = Shared<K, VP>::ROOMY;
   FactorThread<K> me;
   Group<K> &shared = block.groups[me.group];
   Factors<K> &to = shared.factors;
+  const int held_length = task.length, held_chunks = task.chunks;
+  const auto length = [&] { return ROOMY ? held_length : task.length; };
+  const auto chunks = [&] { return ROOMY ? held_chunks : task.chunks; };
 
   const bool g_is_f32 = p.g.dtype == FKDA_F32;
   const float exp_A =
@@ -595,9 +601,10 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
   }
   const bool in_pieces = params.aligned_q && params.aligned_k && params.aligned_g && !g_is_f32;
   const auto load = [&](int chunk) {
-    if (chunk < task.chunks && me.active()) {
-      const int lane = fresh_lane(), first = fresh_warp() % GROUP_WARPS * 32;
-      const int t = chunk * CHUNK, left = task.length - t, tokens = left < CHUNK ? left : CHUNK;
+    if (me.active()) { /* beyond the sequence: zeros, which nobody reads */
+      const int lane = ROOMY ? me.lane : fresh_lane();
+      const int first = (ROOMY ? me.warp : fresh_warp() % GROUP_WARPS) * 32;
+      const int t = chunk * CHUNK, tokens = length() - t;
       const int row = lane / 4, column = first + lane % 4 * 8;
       const int place0 = at(row, column), place1 = at(row + 8, column);
       bf16 *const g_tile = reinterpret_cast<bf16 *>(shared.g);
@@ -643,10 +650,9 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 
   load(me.group);
 #pragma unroll 1
-  for (int chunk = me.group; chunk < task.chunks; chunk += GROUPS) {
-    me = FactorThread<K>();
-    const int turn = chunk / GROUPS;
-    const int left = task.length - chunk * CHUNK, tokens = left < CHUNK ? left : CHUNK;
+  for (int chunk = me.group; chunk < chunks(); chunk += GROUPS) {
+    if (!ROOMY) me = FactorThread<K>();
+    const int turn = chunk / GROUPS, tokens = length() - chunk * CHUNK;
     const RawBeta raw_beta(p, task, chunk, me.lane);
     cute::cp_async_wait<0>();
     __syncwarp();
@@ -745,7 +751,7 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
     float norm, beta, L_scale[4], triangle[4];
     const auto scale_triangle = [&] {
       norm = norm_of<K>(p, shared.squares[me.warp >> 1][token]);
-      beta = raw_beta.beta(p, chunk * CHUNK + token < task.length);
+      beta = raw_beta.beta(p, chunk * CHUNK + token < length());
       const float factor = -beta * norm;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -992,27 +998,41 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
   constexpr int COLUMNS = 16; /* value columns a warp */
   constexpr int PITCH = Shared<K, VP>::V_PITCH;
   const fkda_problem &p = params.problem;
-  const auto state_warp = [] { return fresh_warp() - Shared<K, VP>::STATES / 32; };
+  constexpr bool ROOMY = Shared<K, VP>::ROOMY;
+  const int held_warp = threadIdx.x / 32, held_lane = threadIdx.x & 31;
+  const int held_length = task.length, held_chunks = task.chunks;
+  const auto state_warp = [&] {
+    return (ROOMY ? held_warp : fresh_warp()) - Shared<K, VP>::STATES / 32;
+  };
+  const auto get_lane = [&] { return ROOMY ? held_lane : fresh_lane(); };
+  const auto length = [&] { return ROOMY ? held_length : task.length; };
+  const auto chunks = [&] { return ROOMY ? held_chunks : task.chunks; };
   const auto first_column = [&] { return task.v_begin + state_warp() * COLUMNS; };
 
-  /* Addresses are made anew from the task for each chunk: held, they would spill beside S. */
-  const auto load = [&](int chunk) {
-    if (chunk < task.chunks) {
-      const int t = chunk * CHUNK, left = task.length - t;
-      bf16 *to = shared.v[chunk % V_STAGES][state_warp()];
-      const bf16 *from = task.v + state_warp() * COLUMNS + t * p.v.stride_t;
-      const int tokens = left < CHUNK ? left : CHUNK;
-      if (params.aligned_v) { /* a lane: half a row */
-        const int row = fresh_lane() / 2, column = fresh_lane() % 2 * 8;
-        copy_piece(to + row * PITCH + column, from + row * p.v.stride_t + column, row < tokens);
-      } else {
-        copy_elements<COLUMNS>(from, p.v.stride_t, tokens,
-                               [&](int r, int c) { return to + r * PITCH + c; });
-      }
-    }
+  /* A lane moves half a row of 16 columns at a time: its place in v and out, for the next chunk. */
+  const auto place_of = [&](int64_t stride, int t) {
+    return (t + get_lane() / 2) * stride + state_warp() * COLUMNS + get_lane() % 2 * 8;
+  };
+  const bf16 *held_v = task.v + place_of(p.v.stride_t, 0);
+  bf16 *held_out = task.out + place_of(p.out.stride_t, 0);
+  const auto load_pieces = [&](int chunk) { /* zeros beyond the sequence */
+    const int t = chunk * CHUNK, row = get_lane() / 2;
+    bf16 *to = shared.v[chunk % V_STAGES][state_warp()];
+    if (params.aligned_v)
+      copy_piece(to + row * PITCH + get_lane() % 2 * 8,
+                 ROOMY ? held_v : task.v + place_of(p.v.stride_t, t), row < length() - t);
+    if (ROOMY) held_v += CHUNK * p.v.stride_t;
     cute::cp_async_fence();
   };
-  load(0);
+  const auto load_elements = [&](int chunk) {
+    if (!params.aligned_v)
+      copy_elements<COLUMNS>(task.v + state_warp() * COLUMNS + chunk * CHUNK * p.v.stride_t,
+                             p.v.stride_t, length() - chunk * CHUNK, [&](int r, int c) {
+                               return shared.v[chunk % V_STAGES][state_warp()] + r * PITCH + c;
+                             });
+  };
+  load_elements(0);
+  load_pieces(0);
 
   State<K, M> S;
   if (task.load_initial)
@@ -1024,17 +1044,18 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
 
 #pragma unroll 1
   for (int chunk = 0;; ++chunk) {
-    const int done = chunk < task.chunks ? chunk * CHUNK : task.length;
-    if (checkpoints.due(done, chunk == task.chunks))
-      checkpoints.visit(p, task, done, chunk == task.chunks,
+    const int done = chunk < chunks() ? chunk * CHUNK : length();
+    if (checkpoints.due(done, chunk == chunks()))
+      checkpoints.visit(p, task, done, chunk == chunks(),
                         [&](const fkda_states &to, int64_t offset) {
                           S.store(to, p.layout, offset, first_column());
                         });
-    if (chunk == task.chunks) break;
-    load(chunk + 1); /* its place was left by the chunk before */
+    if (chunk == chunks()) break;
+    load_elements(chunk + 1); /* its place was left by the chunk before */
     wait(shared.factored[chunk % GROUPS], chunk / GROUPS);
 
-    int lane = fresh_lane();
+    load_pieces(chunk + 1);
+    int lane = get_lane();
     const Factors<K> &f0 = shared.groups[chunk % GROUPS].factors;
     /* X[v,i] = sum_k S[v,k] e^m K'[i,k] (n = 0, 1) and Q' (n = 2, 3); S <- S e^{G_C} on the way. */
     float X[M][4][4];
@@ -1075,11 +1096,12 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
     }
 
     cute::cp_async_wait<1>(); /* this chunk's v: all but the last load */
-    const int group = fresh(chunk) % GROUPS;
-    wait(shared.solved[group], fresh(chunk) / GROUPS);
+    const auto again = [&] { return ROOMY ? chunk : fresh(chunk); };
+    const int group = again() % GROUPS;
+    wait(shared.solved[group], again() / GROUPS);
     const Factors<K> &f = shared.groups[group].factors;
-    bf16 *tile = shared.v[fresh(chunk) % V_STAGES][state_warp()];
-    lane = fresh_lane();
+    bf16 *tile = shared.v[again() % V_STAGES][state_warp()];
+    lane = get_lane();
     float2 norm_k[2], beta[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -1114,13 +1136,14 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
       /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        float u[4] = {0, 0, 0, 0};
-        mma(u, low, T_high[2 * n], T_high[2 * n + 1]);
+        float u[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0}; /* two chains: low comes after high */
         mma(u, high, T_low[2 * n], T_low[2 * n + 1]);
         mma(u, high, T_high[2 * n], T_high[2 * n + 1]);
+        mma(rest, low, T_high[2 * n], T_high[2 * n + 1]);
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          U[m][2 * n + h] = pack(u[2 * h] * norm_k[n].x, u[2 * h + 1] * norm_k[n].y);
+          U[m][2 * n + h] = pack((u[2 * h] + rest[2 * h]) * norm_k[n].x,
+                                 (u[2 * h + 1] + rest[2 * h + 1]) * norm_k[n].y);
       }
     }
 
@@ -1162,21 +1185,18 @@ __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP
         }
       }
     __syncwarp();
-    const int t = chunk * CHUNK, left = task.length - t, tokens = left < CHUNK ? left : CHUNK;
-    bf16 *to = task.out + state_warp() * COLUMNS + t * p.out.stride_t;
+    const int t = chunk * CHUNK, tokens = length() - t;
     if (params.aligned_out) {
-      constexpr int PIECES = COLUMNS / 8;
-#pragma unroll
-      for (int i = lane; i < CHUNK * PIECES; i += 32) {
-        const int row = i / PIECES, column = i % PIECES * 8;
-        if (row < tokens)
-          *reinterpret_cast<uint4 *>(to + row * p.out.stride_t + column) =
-              *reinterpret_cast<const uint4 *>(tile + row * PITCH + column);
-      }
+      bf16 *to = ROOMY ? held_out : task.out + place_of(p.out.stride_t, t);
+      if (lane / 2 < tokens)
+        *reinterpret_cast<uint4 *>(to) =
+            *reinterpret_cast<const uint4 *>(tile + lane / 2 * PITCH + lane % 2 * 8);
     } else {
-      for (int i = lane; i < tokens * COLUMNS; i += 32)
+      bf16 *to = task.out + state_warp() * COLUMNS + t * p.out.stride_t;
+      for (int i = lane; i < CHUNK * COLUMNS && i < tokens * COLUMNS; i += 32)
         to[i / COLUMNS * p.out.stride_t + i % COLUMNS] = tile[i / COLUMNS * PITCH + i % COLUMNS];
     }
+    if (ROOMY) held_out += CHUNK * p.out.stride_t;
     __syncwarp();
   }
 }
