@@ -26,7 +26,7 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
   uint32_t g_at = slot + (warp >> 1) * S::SLICE + SLICE_G32 + (warp & 1) * TILE +
                   in_tile(behind ? 16 : 15, (lane & 15) * 4);
   const float step = behind ? factor : -factor;
-  sum[0] = sum[1] = 0;
+  sum[0] = sum[1] = SHIFT;
   constexpr int BATCH = 4;
 #pragma unroll 1
   for (int i = 0; i < HALF; i += BATCH) {
@@ -188,12 +188,18 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
       *reinterpret_cast<float2 *>(&decays[32 * warp + 2 * (lane & 15)]) =
           make_float2(exp2_approx(sign * sum[0]), exp2_approx(sign * sum[1]));
     }
+    {
+      const float least = lane < 16 || !active ? 0 : fminf(sum[0], sum[1]);
+      const int reach = __reduce_max_sync(0xffffffffu, __float_as_int(fmaxf(-least, 0)));
+      if (lane == 0) to.reach[warp] = __int_as_float(reach);
+    }
     if (warp < 2 && count >= SOLVERS) wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
     cute::warpgroup_wait<0>();
     fence(square);
 
     const int g = lane >> 2, t = 2 * (lane & 3);
     if (warp < 2) {
+      float largest[2]; /* beta r^2 of the thread's two rows */
       /* L_ij = -beta_i r_i^2 (K' K^^T)_ij, i > j, r_i^2 from the diagonal: (I + A)^-1 = diag(1/r) (I - L)^-1 diag(r) */
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -205,6 +211,7 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
           squared = __shfl_sync(0xffffffffu, g & 1 ? odd : even, (lane & ~3) + (g >> 1)) + (float)FKDA_L2NORM_EPS;
         }
         const float r = rsqrtf(squared), beta = tokens.beta[i], row = -beta * (r * r);
+        largest[h] = -row;
         if (t == 0) {
           to.norm_k[i] = r;
           to.column[i] = r * beta;
@@ -216,6 +223,13 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
             *reinterpret_cast<float2 *>(&shared.L[count % SOLVERS][i][j]) =
                 make_float2(row * square[4 * n + 2 * h], row * square[4 * n + 2 * h + 1]);
         }
+      }
+      if (warp == 1) {
+        float cosine = 0; /* times beta: of rows 16-31 with columns 0-15 */
+#pragma unroll
+        for (int i = 0; i < 8; ++i) cosine = fmaxf(cosine, fabsf(square[i]) * largest[i >> 1 & 1]);
+        const bool any = __any_sync(0xffffffffu, cosine > 0.5f);
+        if (lane == 0) to.collinear = any;
       }
       arrive_warp(shared.L_full[count % SOLVERS]);
     } else { /* P = lower(Q' K^^T) */

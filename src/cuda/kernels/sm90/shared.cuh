@@ -28,6 +28,9 @@ constexpr int SQUARE = CHUNK * CHUNK * (int)sizeof(bf16); /* 32 rows of 64 bytes
 
 constexpr int TASKS = 8;
 constexpr int MAX_SORTED = 1024; /* sequences; more are taken as they come */
+/* K' and Q' carry 2^SHIFT, S1 and K^ 2^-SHIFT: a bounded gate's exponents are then within 2^+-112 on both sides of the
+ * anchor, which leaves as much room for large k. */
+constexpr float SHIFT = 4;
 constexpr int SOLVERS = 2; /* warps, on alternate chunks */
 
 template <int K_, int V_, int GATE_BYTES_>
@@ -47,8 +50,8 @@ struct Shape {
   static constexpr int SLOT = SLICES * SLICE;
   static constexpr int VALUE = STATE_GROUPS * TILE;
   /* setmaxnreg: the sum over warpgroups is at most their number times what a thread starts with, 96 or 128 */
-  static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? 160 : 176;
-  static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? 56 : 80;
+  static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 136 : 160) : 176;
+  static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 80 : 56) : 80;
   static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? 48 : 64;
 };
 
@@ -65,7 +68,10 @@ struct Shared {
     float to_anchor[S::K], to_end[S::K]; /* e^m, e^{G_C-m} */
     float norm_k[CHUNK], norm_q[CHUNK];  /* r, and scale/|q| (1) or scale */
     float column[CHUNK];                 /* r beta */
-    float unused[32];                    /* squares begin at multiples of 512 bytes */
+    float reach[4];                      /* of each factor warp: the largest exponent of K^, log2 */
+    uint32_t collinear;                  /* are keys of the two halves nearly parallel? */
+    float guard;                         /* a W of more than |guard| may overflow; negative: collinear */
+    float unused[26];                    /* squares begin at multiples of 512 bytes */
   };
   struct Tokens {                /* of a factor group: */
     float square[S::SLICES][CHUNK]; /* each slice's part of |q|^2 */

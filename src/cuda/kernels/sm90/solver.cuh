@@ -151,7 +151,14 @@ __device__ void solve(Shared<S> &shared, int solver) {
       const int lane = fresh_lane();
       const Ring<S::HANDOVERS> out = half_of(ring);
       wait_idly(shared.L_full[solver], parity);
-      invert(shared.L[solver], shared.handover[out.stage], lane);
+      typename Shared<S>::Handover &to = shared.handover[out.stage];
+      invert(shared.L[solver], to, lane);
+      if (lane == 0) {
+        const float4 reach = *reinterpret_cast<const float4 *>(to.reach);
+        const float most = fmaxf(fmaxf(reach.x, reach.y), fmaxf(reach.z, reach.w));
+        const float limit = exp2_approx(fminf(114 - most, 100)); /* U is less than 2^6 times the largest W */
+        to.guard = to.collinear ? -limit : limit;
+      }
       fence_async();
       arrive_warp(shared.L_free[solver]);
       if (lane == 0) arrive(shared.handover_full[out.stage]);

@@ -20,6 +20,13 @@ __device__ __forceinline__ void decay_state(float (&s)[K / 2], const float *deca
   }
 }
 
+/* x *= factor where it is: in rare branches the compiler would otherwise copy S about. */
+template <int N>
+__device__ __forceinline__ void scale_in_place(float (&x)[N], float factor) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("mul.f32 %0, %0, %1;" : "+f"(x[i]) : "f"(factor));
+}
+
 template <class S>
 __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
   constexpr int K = S::K;
@@ -60,6 +67,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     char *tile = shared.values[in.stage] + matrix_at;
     const int left = task.length - done;
     wait(shared.handover_full[in.stage], in.parity);
+    const float guard = f.guard;
 
     /* S1 = S e^m, as operand */
     uint32_t a[K / 4];
@@ -126,22 +134,42 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     multiply<Major::MN>(x, w, T_high, true);
     multiply<Major::MN>(x, w + 4, T_high + 64, true);
     cute::warpgroup_commit_batch();
+    /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not:
+     * such rows are worked on times 2^-96. */
+    __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
+#pragma unroll
+    for (int i = 1; i < 8; ++i) largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
+    const bool huge =
+        __any_sync(0xffffffffu, fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
     cute::warpgroup_wait<0>();
     fence(x);
+    if (huge) {
+      scale_in_place(x, 0x1p-96f);
+      scale_in_place(o, 0x1p-96f);
+      scale_in_place(s, 0x1p-96f);
+    }
     uint32_t u[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
-
     /* A checkpoint after the chunk's first half: S1 without the second half is the state there. */
     const bool halfway = checkpoints.next == done + HALF && done + HALF < task.length;
     uint32_t u_second[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
+    /* Nearly parallel keys: what U loses by rounding adds up in S, so that its rest follows. */
+    uint32_t rest[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) rest[i] = 0;
+    if (guard < 0)
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (i < 4 || !halfway) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
 
     /* (11) O += U P^T, (12) S += U K^ */
     const uint64_t P = T_high + 2 * SQUARE / 16;
     fence(u);
     fence(u_second);
+    fence(rest);
     fence(o);
     fence(s);
     cute::warpgroup_arrive();
@@ -153,12 +181,19 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     multiply<Major::MN>(s, u, K_first, true);
     multiply<Major::MN>(s, u_second, K_second, true);
     cute::warpgroup_commit_batch();
+    if (guard < 0) {
+      cute::warpgroup_arrive();
+      multiply<Major::MN>(s, rest, K_first, true);
+      multiply<Major::MN>(s, rest + 4, K_second, true);
+      cute::warpgroup_commit_batch();
+    }
     cute::warpgroup_wait<1>();
     fence(o);
     uint32_t out[8];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
+      float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
+      if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
       out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
       out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
     }
@@ -172,7 +207,10 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     cute::warpgroup_wait<0>();
     fence(s);
     if (halfway) {
+      const float factor = (huge ? 0x1p96f : 1.0f) * exp2_approx(SHIFT);
+      scale_in_place(s, factor);
       checkpoints.visit(p, task, done + HALF, false, put);
+      scale_in_place(s, 1 / factor);
       uint32_t second[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
@@ -187,6 +225,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     }
     arrive_warp(shared.slot_free[ring.stage]);
     decay_state<K>(s, f.to_end, lane);
+    if (huge) scale_in_place(s, 0x1p96f);
     arrive_warp(shared.handover_free[in.stage]);
   }
   });
