@@ -18,8 +18,8 @@ typedef struct fkda_portable_params {
 /* Grids are one-dimensional: block = (n * HV + head) * value_split + part. */
 
 #define FKDA_PORTABLE_CHUNK 16 /* tokens a chunk */
-/* 8 factor warps, part / 16 state warps. */
-#define FKDA_PORTABLE_PREFILL_THREADS(part) (256 + 2 * (part))
+/* 8 factor warps, part / 16 state warps, and a solver beside parts of 32. */
+#define FKDA_PORTABLE_PREFILL_THREADS(part) (256 + 2 * (part) + ((part) == 32 ? 32 : 0))
 #define FKDA_PORTABLE_DECODE_THREADS 128 /* shared memory is static */
 
 /* X(K, part): K channels, `part` value columns a block. The entry point is
@@ -42,7 +42,7 @@ FKDA_HOST_DEVICE static inline int32_t fkda_portable_decode_split(int64_t N, int
 /* Dynamic shared memory of a prefill block in bytes: sizeof(Shared<K, part>) of prefill.cu, which
  * asserts it. The task, barriers, two groups of factor warps, v. sm_86, 89 and 120 lend a block 99 KB. */
 #define FKDA_PORTABLE_PREFILL_SHARED(K, part)                                                      \
-  (128 + 48 + 2 * (7 * 34 * (K) + 3 * 512 + 8 * (K) + 192 + 64 * (K) + 1792) +                     \
+  (128 + 64 + 2 * (7 * 34 * (K) + 3 * 512 + 8 * (K) + 192 + 64 * (K) + 1792) +                     \
    FKDA_PORTABLE_V_STAGES * 2 * 24 * (part))
 
 #endif

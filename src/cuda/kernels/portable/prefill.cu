@@ -4,13 +4,14 @@
  *
  *   factor warps      two groups of four on alternate chunks of 16 tokens: gates (2), running sums against the
  *                     anchor in the chunk's middle, decayed operands (8), the triangles A and P (9), and
- *                     T = (I + A)^-1 by forward substitution in f32, its warps in turn
+ *                     T = (I + A)^-1 by forward substitution in f32, its warps in turn (with few
+ *                     state warps: a warp of its own for both groups)
  *   state warps       own 16 value rows of S each, in f32 accumulators for the whole sequence, transposed so
  *                     that value rows are the M dimension: X = S [K~ Q~]^T, U (10), O (11), S (12)
  *
  * Factor warps own 32 channels each and state warps 16 value columns, loads and stores included, so that
  * only the triangles need a barrier inside a group, and state warps none. Each group hands its factors over
- * in a buffer of its own, guarded by a full and an empty barrier.
+ * in a buffer of its own, guarded by barriers in shared memory.
  *
  * Frames. Per channel, G is the running sum of log2-decays and m its value after the chunk's eighth token:
  *   K' = k e^{G-m}   Q' = q e^{G-m}   K^ = k e^{m-G}   K- = k e^{G_C-G}
@@ -108,14 +109,16 @@ template <int K, int VP>
 struct Shared {
   static constexpr int STATE_WARPS = VP / 16;
   static constexpr int STATES = GROUPS * GROUP_THREADS; /* first thread of the state warps */
-  static constexpr int THREADS = STATES + 32 * STATE_WARPS;
-  /* Where threads have registers to spare they hold addresses and lengths, elsewhere they make them anew. */
-  static constexpr bool ROOMY = THREADS <= 384;
+  /* Up to twelve warps leave a thread 168 registers: it holds addresses and lengths, which are made anew elsewhere.
+   * Where even one warp more leaves as many, it solves for both groups; elsewhere a group's warps do it in turn. */
+  static constexpr bool ROOMY = VP <= 64, HAS_SOLVER = VP == 32;
+  static constexpr int SOLVER = STATES + 32 * STATE_WARPS; /* its first thread */
+  static constexpr int THREADS = SOLVER + (HAS_SOLVER ? 32 : 0);
   static constexpr int V_PITCH = 16 + 8; /* one 16-byte piece more: conflict-free ldmatrix */
   Task task;
-  /* A phase is a chunk of the group. Its factor warps arrive when all but the triangles is there, and when
-   * all is; the state warps when they need it no more. */
-  Mbarrier factored[GROUPS], solved[GROUPS], empty[GROUPS];
+  /* A phase is a chunk of the group. Its factor warps arrive when all but the triangles is there, when the
+   * triangles are, and, with the solver, when all is; the state warps when they need it no more. */
+  Mbarrier factored[GROUPS], triangles[GROUPS], solved[GROUPS], empty[GROUPS];
   Group<K> groups[GROUPS];
   bf16 v[V_STAGES][STATE_WARPS][CHUNK * V_PITCH]; /* receives O */
 };
@@ -569,7 +572,7 @@ template <int K, int VP>
 __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
                                  const Task &task) {
   const fkda_problem &p = params.problem;
-  constexpr bool ROOMY = Shared<K, VP>::ROOMY;
+  constexpr bool ROOMY = Shared<K, VP>::ROOMY, HAS_SOLVER = Shared<K, VP>::HAS_SOLVER;
   FactorThread<K> me;
   Group<K> &shared = block.groups[me.group];
   Factors<K> &to = shared.factors;
@@ -700,11 +703,21 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 
     /* Everything that the state warps will read is made before the buffer is asked for: the shorter the
      * way from empty to full, the less they wait. */
-    uint32_t k_new[8], q_new[8], k_end[8], k_end_low[8];
+    uint32_t k_new[8], q_new[8], k_end[8], k_end_low[8], k_inverse[8];
+    float2 k_squares = make_float2(0, 0), q_squares = k_squares;
+    const auto store_squares = [&] {
+      if (me.active() && has_squares(me.lane)) {
+        const int row = me.lane >> 2;
+        shared.squares[0][row][me.warp] = k_squares.x;
+        shared.squares[0][row + 8][me.warp] = k_squares.y;
+        shared.squares[1][row][me.warp] = q_squares.x;
+        shared.squares[1][row + 8][me.warp] = q_squares.y;
+      }
+    };
     float2 decay; /* half 0: e^m, half 1: e^{G_C} */
     if (me.active()) {
-      const float2 k_squares = sum_squares(shared.k, me.warp, me.lane);
-      const float2 q_squares = sum_squares(shared.q, me.warp, me.lane);
+      k_squares = sum_squares(shared.k, me.warp, me.lane);
+      q_squares = sum_squares(shared.q, me.warp, me.lane);
       uint32_t k2[8], q2[8]; /* all before the first store, which they would wait for */
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -730,22 +743,18 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
         k_new[i] = pack(k0 * e0, k1 * e1);
         q_new[i] = pack(q0 * e0, q1 * e1);
         split(inverse0 * end0, inverse1 * end1, k_end[i], k_end_low[i]);
-        /* nobody has read the last chunk's since the group's last barrier */
-        *reinterpret_cast<uint32_t *>(&shared.k_inverse[me.place(i)]) = pack(inverse0, inverse1);
-      }
-      if (has_squares(me.lane)) {
-        const int row = me.lane >> 2;
-        shared.squares[0][row][me.warp] = k_squares.x;
-        shared.squares[0][row + 8][me.warp] = k_squares.y;
-        shared.squares[1][row][me.warp] = q_squares.x;
-        shared.squares[1][row + 8][me.warp] = q_squares.y;
+        k_inverse[i] = pack(inverse0, inverse1);
+        if (!HAS_SOLVER) /* nobody has read the last chunk's since the group's last barrier */
+          *reinterpret_cast<uint32_t *>(&shared.k_inverse[me.place(i)]) = k_inverse[i];
       }
     }
+    if (!HAS_SOLVER) store_squares();
     if (!by_levels) { /* the raw rows have been read, by this warp alone */
       __syncwarp();
       load(chunk + GROUPS);
     }
     if (turn) wait(block.empty[me.group], turn - 1);
+    if (HAS_SOLVER) store_squares(); /* the last chunk's triangles are behind the whole group only now */
     /* Lane i of a half warp has the norm and beta of token i: -L_ij = -beta_i |k_i|^-1 A_ij |k_j|^-1. */
     const int token = me.lane & 15;
     float norm, beta, L_scale[4], triangle[4];
@@ -774,6 +783,7 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
           *reinterpret_cast<uint32_t *>(&to.q[place]) = q_new[i];
           *reinterpret_cast<uint32_t *>(&to.k_end[place]) = k_end[i];
           *reinterpret_cast<uint32_t *>(&to.k_end_low[place]) = k_end_low[i];
+          if (HAS_SOLVER) *reinterpret_cast<uint32_t *>(&shared.k_inverse[place]) = k_inverse[i];
         }
         *reinterpret_cast<float2 *>(&(me.half ? to.decay : to.to_anchor)[2 * me.pair]) = decay;
       }
@@ -800,9 +810,25 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
             pack(row >= column ? triangle[i] : 0, row > column ? triangle[i + 1] : 0);
       }
     }
-    group_sync(me.group);
-    if (me.warp == turn % GROUP_WARPS) invert<K>(shared, me.lane); /* the warps take turns */
+    if (HAS_SOLVER) {
+      arrive(block.triangles[me.group]);
+    } else {
+      group_sync(me.group);
+      if (me.warp == turn % GROUP_WARPS) invert<K>(shared, me.lane); /* the warps take turns */
+    }
     arrive(block.solved[me.group]);
+  }
+}
+
+template <int K, int VP>
+__device__ void run_solver(Shared<K, VP> &block, const Task &task) {
+  const int chunks = task.chunks;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int group = chunk % GROUPS;
+    wait(block.triangles[group], chunk / GROUPS);
+    invert<K>(block.groups[group], fresh_lane());
+    arrive(block.solved[group]);
   }
 }
 
@@ -1211,7 +1237,8 @@ __device__ __forceinline__ void prefill(const fkda_portable_params &params) {
   if (threadIdx.x == 0) {
     for (int group = 0; group < GROUPS; ++group) {
       init(shared.factored[group], GROUP_WARPS);
-      init(shared.solved[group], GROUP_WARPS);
+      init(shared.triangles[group], GROUP_WARPS);
+      init(shared.solved[group], GROUP_WARPS + (Shared<K, VP>::HAS_SOLVER ? 1 : 0));
       init(shared.empty[group], Shared<K, VP>::STATE_WARPS);
     }
     shared.task = find_task(params, VP);
@@ -1221,6 +1248,8 @@ __device__ __forceinline__ void prefill(const fkda_portable_params &params) {
   if (task.skip) return;
   if (threadIdx.x < Shared<K, VP>::STATES)
     run_factor_warps<K, VP>(params, shared, task);
+  else if (Shared<K, VP>::HAS_SOLVER && threadIdx.x >= Shared<K, VP>::SOLVER)
+    run_solver<K, VP>(shared, task);
   else
     run_state_warps<K, VP>(params, shared, task);
 }
