@@ -46,6 +46,37 @@ INLINE void decay_row(float *row, const float *bias, int64_t padded, fkda_gate g
     v_store(row + i, v_exp(log_decay(gate, v_load(row + i), v_load(bias + i), exp_A, lower_bound)));
 }
 
+/* Elements with even index first, then those with odd, in every 2 * LANES: what v_load2_bf16() makes of a
+ * row of the state. */
+static void split_pairs(float *row, int64_t count) {
+  for (float *at = row; at < row + count; at += 2 * LANES) {
+    float both[2 * LANES];
+    for (int i = 0; i < LANES; ++i) {
+      both[i] = at[2 * i];
+      both[LANES + i] = at[2 * i + 1];
+    }
+    memcpy(at, both, sizeof both);
+  }
+}
+
+INLINE void load_pair(const char *from, int32_t dtype, vec x[2]) {
+  if (dtype == FKDA_BF16) {
+    v_load2_bf16((const uint16_t *)(const void *)from, x);
+  } else {
+    x[0] = v_load((const float *)(const void *)from);
+    x[1] = v_load((const float *)(const void *)from + LANES);
+  }
+}
+
+INLINE void store_pair(char *to, int32_t dtype, const vec x[2]) {
+  if (dtype == FKDA_BF16) {
+    v_store2_bf16((uint16_t *)(void *)to, x);
+  } else {
+    v_store((float *)(void *)to, x[0]);
+    v_store((float *)(void *)to + LANES, x[1]);
+  }
+}
+
 static void load_tokens(decode_tokens *x, const fkda_cpu_job *job) {
   const fkda_problem *p = job->problem;
   const int64_t qk_head = job->head * p->H / p->HV, n = job->n;
@@ -116,14 +147,29 @@ static bool find_slots(decode_slots *slots, const fkda_cpu_job *job) {
   return true;
 }
 
+/* How far it is, in bytes, from value row `row` to the row that will be wanted PREFETCH_ROWS later: of this
+ * head or the next one in memory. 0 if there is none. */
+INLINE int64_t way_ahead(const fkda_states *states, const fkda_cpu_job *job, int64_t row, int rows,
+                         int64_t size) {
+  const fkda_problem *p = job->problem;
+  if (row + PREFETCH_ROWS + rows <= p->V) return PREFETCH_ROWS * states->stride_row * size;
+  const int64_t left = PREFETCH_ROWS - p->V; /* of the next head, from the same row on */
+  if (job->head + 1 < p->HV && row + left >= 0 && row + left + rows <= p->V)
+    return (states->stride_head + left * states->stride_row) * size;
+  return 0;
+}
+
 /* `rows` value rows of a [V,K] state from row v on (relative to the job), for every token. `direct` is the
- * pool's dtype if rows can move straight between pool and registers (K a multiple of LANES, one dtype), so that
- * the one token of plain decode makes two passes over a row and no more; else FKDA_NONE. */
+ * pool's dtype if rows can move straight between pool and registers (K a multiple of 2 * LANES, one dtype), so that
+ * the one token of plain decode makes two passes over a row and no more; else FKDA_NONE. Such rows
+ * go by pairs of vectors, in bf16 with k split as by split_pairs(). */
 INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
                         int64_t v, int rows, int32_t direct) {
   const fkda_states *from = &job->problem->initial, *to = &job->problem->final;
   const int64_t row = job->v_begin + v, size = direct == FKDA_F32 ? 4 : 2;
-  const int64_t ahead = PREFETCH_ROWS * from->stride_row * size; /* bytes */
+  const int64_t ahead = way_ahead(from, job, row, rows, size),
+                to_ahead = way_ahead(to, job, row, rows, size);
+  const int vectors = direct ? 2 : 1;
   float S[ROWS_TOGETHER][FKDA_MAX_DIM];
   const char *source[ROWS_TOGETHER] = {NULL};
   char *target[ROWS_TOGETHER] = {NULL};
@@ -145,14 +191,22 @@ INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_
         target[r] = (char *)element_at(to->data, direct, slots->to[t] + (row + r) * to->stride_row);
     vec sum[ROWS_TOGETHER];
     for (int r = 0; r < rows; ++r) sum[r] = v_set(0);
-    for (int64_t k = 0; k < x->Kp; k += LANES) { /* (4), S k of (5) */
-      const vec decay = v_load(x->decay[t] + k), key = v_load(x->k[t] + k);
+    for (int64_t k = 0; k < x->Kp; k += vectors * LANES) { /* (4), S k of (5) */
       for (int r = 0; r < rows; ++r) {
-        if (from_pool) __builtin_prefetch(source[r] + k * size + ahead, 1);
-        const vec s =
-            v_mul(from_pool ? load_as(source[r] + k * size, direct) : v_load(S[r] + k), decay);
-        v_store(S[r] + k, s);
-        sum[r] = v_fma(s, key, sum[r]);
+        vec s[2];
+        if (from_pool) {
+          for (int64_t byte = 0; byte < 2 * LANES * size; byte += 64)
+            __builtin_prefetch(source[r] + k * size + byte + ahead, 1);
+          load_pair(source[r] + k * size, direct, s);
+        } else {
+          for (int i = 0; i < vectors; ++i) s[i] = v_load(S[r] + k + i * LANES);
+        }
+        for (int i = 0; i < vectors; ++i) {
+          const int64_t at = k + i * LANES;
+          s[i] = v_mul(s[i], v_load(x->decay[t] + at));
+          v_store(S[r] + at, s[i]);
+          sum[r] = v_fma(s[i], v_load(x->k[t] + at), sum[r]);
+        }
       }
     }
     vec u[ROWS_TOGETHER];
@@ -160,16 +214,18 @@ INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_
       u[r] = v_set(x->beta[t] * (x->v[t][v + r] - v_sum(sum[r])));
       sum[r] = v_set(0);
     }
-    for (int64_t k = 0; k < x->Kp; k += LANES) { /* (6), (7) */
-      const vec key = v_load(x->k[t] + k), query = v_load(x->q[t] + k);
+    for (int64_t k = 0; k < x->Kp; k += vectors * LANES) { /* (6), (7) */
       for (int r = 0; r < rows; ++r) {
-        const vec s = v_fma(u[r], key, v_load(S[r] + k));
-        if (t + 1 < x->T || !direct) v_store(S[r] + k, s);
-        if (direct && stored) {
-          if (elsewhere) __builtin_prefetch(target[r] + k * size + ahead, 1);
-          store_as(target[r] + k * size, direct, s);
+        vec s[2];
+        for (int i = 0; i < vectors; ++i) {
+          const int64_t at = k + i * LANES;
+          s[i] = v_fma(u[r], v_load(x->k[t] + at), v_load(S[r] + at));
+          if (t + 1 < x->T || !direct) v_store(S[r] + at, s[i]);
+          sum[r] = v_fma(s[i], v_load(x->q[t] + at), sum[r]);
         }
-        sum[r] = v_fma(s, query, sum[r]);
+        for (int64_t byte = 0; elsewhere && direct && stored && byte < 2 * LANES * size; byte += 64)
+          __builtin_prefetch(target[r] + k * size + byte + to_ahead, 1);
+        if (direct && stored) store_pair(target[r] + k * size, direct, s);
       }
     }
     for (int r = 0; r < rows; ++r) {
@@ -183,6 +239,11 @@ INLINE void decode_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_
 INLINE void decode_all_rows(decode_tokens *x, const fkda_cpu_job *job, const decode_slots *slots,
                             int32_t direct) {
   int64_t v = 0;
+  for (int64_t t = 0; t < x->T && direct == FKDA_BF16; ++t) {
+    split_pairs(x->decay[t], x->Kp);
+    split_pairs(x->k[t], x->Kp);
+    split_pairs(x->q[t], x->Kp);
+  }
   for (; v + ROWS_TOGETHER <= x->V; v += ROWS_TOGETHER)
     decode_rows(x, job, slots, v, ROWS_TOGETHER, direct);
   for (; v < x->V; ++v) decode_rows(x, job, slots, v, 1, direct);
@@ -194,7 +255,7 @@ INLINE void decode_columns(decode_tokens *x, const fkda_cpu_job *job, const deco
                            int64_t v, int64_t columns, int32_t direct) {
   const fkda_states *from = &job->problem->initial, *to = &job->problem->final;
   const int64_t column = job->v_begin + v, padded = round_up(columns, LANES);
-  const int64_t size = direct == FKDA_F32 ? 4 : 2, ahead = PREFETCH_ROWS * from->stride_row * size;
+  const int64_t size = direct == FKDA_F32 ? 4 : 2;
   const int vectors = direct ? COLUMNS_TOGETHER / LANES : (int)(padded / LANES);
   float S[FKDA_MAX_DIM][COLUMNS_TOGETHER];
   for (int64_t k = 0; k < x->K && !(direct && slots->load); ++k)
@@ -215,7 +276,8 @@ INLINE void decode_columns(decode_tokens *x, const fkda_cpu_job *job, const deco
     for (int64_t k = 0; k < x->K; ++k) { /* (4), S k of (5) */
       const vec decay = v_set(x->decay[t][k]), key = v_set(x->k[t][k]);
       for (int i = 0; i < vectors; ++i) {
-        if (from_pool) __builtin_prefetch(source + i * LANES * size + ahead, 1);
+        if (from_pool && k + PREFETCH_ROWS < x->K)
+          __builtin_prefetch(source + (PREFETCH_ROWS * from->stride_row + i * LANES) * size, 1);
         const vec s =
             v_mul(from_pool ? load_as(source + i * LANES * size, direct) : v_load(S[k] + i * LANES),
                   decay);
@@ -234,7 +296,8 @@ INLINE void decode_columns(decode_tokens *x, const fkda_cpu_job *job, const deco
         const vec s = v_fma(u[i], key, v_load(S[k] + i * LANES));
         if (t + 1 < x->T || !direct) v_store(S[k] + i * LANES, s);
         if (target) {
-          if (elsewhere) __builtin_prefetch(target + i * LANES * size + ahead, 1);
+          if (elsewhere && k + PREFETCH_ROWS < x->K)
+            __builtin_prefetch(target + (PREFETCH_ROWS * to->stride_row + i * LANES) * size, 1);
           store_as(target + i * LANES * size, direct, s);
         }
         sum[i] = v_fma(s, query, sum[i]);
@@ -266,7 +329,7 @@ static void decode(const fkda_cpu_job *job) {
   /* the pool's dtype; FKDA_NONE where what is read and what is written differ in it */
   const int32_t direct =
       p->final.dtype && p->final.dtype != p->initial.dtype ? FKDA_NONE : p->initial.dtype;
-  const bool columns = p->layout == FKDA_STATE_KV, whole = columns || x.K % LANES == 0;
+  const bool columns = p->layout == FKDA_STATE_KV, whole = columns || x.K % (2 * LANES) == 0;
   if (whole && direct == FKDA_F32)
     columns ? decode_all_columns(&x, job, &slots, FKDA_F32)
             : decode_all_rows(&x, job, &slots, FKDA_F32);

@@ -13,6 +13,7 @@
  *   v_reciprocal, v_rsqrt      to about one ulp
  *   v_unless_below(a, l, x)    x, or 0 where a < l; of a NaN in a: x
  *   v_any_not_below            true if some a <= limit does not hold (NaN included)
+ *   v_load2_bf16, v_store2_bf16  2 * LANES elements, those with even index in x[0], with odd in x[1]
  *   v_load_bf16, v_store_bf16, v_load_f16, v_store_f16, v_transpose
  */
 #ifndef FKDA_CPU_KERNELS_H

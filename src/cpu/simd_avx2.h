@@ -54,15 +54,31 @@ static inline vec v_load_bf16(const uint16_t *p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
 
-static inline void v_store_bf16(uint16_t *p, vec a) {
+/* Rounded to bf16 in the upper halves; the lower ones are anything. */
+static inline __m256i v_round_bf16(vec a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+
+static inline void v_store_bf16(uint16_t *p, vec a) {
+  const __m256i result = _mm256_srli_epi32(v_round_bf16(a), 16);
   _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(result),
                                                   _mm256_extracti128_si256(result, 1)));
+}
+
+static inline void v_load2_bf16(const uint16_t *p, vec x[2]) {
+  const __m256i bits = _mm256_loadu_si256((const __m256i *)p);
+  x[0] = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  x[1] = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
+}
+
+static inline void v_store2_bf16(uint16_t *p, const vec x[2]) {
+  const __m256i even = _mm256_srli_epi32(v_round_bf16(x[0]), 16);
+  _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(even, v_round_bf16(x[1]), 0xaa));
 }
 
 static inline vec v_load_f16(const uint16_t *p) {

@@ -48,13 +48,31 @@ static inline vec v_load_bf16(const uint16_t *p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-static inline void v_store_bf16(uint16_t *p, vec a) {
+/* Rounded to bf16 in the upper halves; the lower ones are anything. */
+static inline __m512i v_round_bf16(vec a) {
   const __m512i bits = _mm512_castps_si512(a);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+static inline void v_store_bf16(uint16_t *p, vec a) {
+  const __m512i upper = _mm512_srli_epi32(v_round_bf16(a), 16);
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(upper));
+}
+
+static inline void v_load2_bf16(const uint16_t *p, vec x[2]) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  x[1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+static inline void v_store2_bf16(uint16_t *p, const vec x[2]) {
+  const __m512i even = _mm512_srli_epi32(v_round_bf16(x[0]), 16);
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000); /* (odd & upper) | even */
+  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(v_round_bf16(x[1]), upper, even, 0xea));
 }
 
 static inline vec v_load_f16(const uint16_t *p) {

@@ -46,12 +46,28 @@ static inline vec v_load_bf16(const uint16_t *p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
 
-static inline void v_store_bf16(uint16_t *p, vec a) {
+/* Rounded to bf16 in the upper halves; the lower ones are anything. */
+static inline uint32x4_t v_round_bf16(vec a) {
   const uint32x4_t bits = vreinterpretq_u32_f32(a);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
   const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-  vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, quiet), 16));
+  return vbslq_u32(vceqq_f32(a, a), rounded, quiet);
+}
+
+static inline void v_store_bf16(uint16_t *p, vec a) {
+  vst1_u16(p, vshrn_n_u32(v_round_bf16(a), 16));
+}
+
+static inline void v_load2_bf16(const uint16_t *p, vec x[2]) {
+  const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(p));
+  x[0] = vreinterpretq_f32_u32(vshlq_n_u32(bits, 16));
+  x[1] = vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff0000)));
+}
+
+static inline void v_store2_bf16(uint16_t *p, const vec x[2]) {
+  const uint32x4_t both = vsriq_n_u32(v_round_bf16(x[1]), v_round_bf16(x[0]), 16);
+  vst1q_u16(p, vreinterpretq_u16_u32(both));
 }
 
 static inline vec v_load_f16(const uint16_t *p) {

@@ -76,6 +76,14 @@ static inline vec v_load_f16(const uint16_t *p) {
 static inline void v_store_bf16(uint16_t *p, vec a) {
   for (int i = 0; i < LANES; ++i) p[i] = fkda_f32_to_bf16(a[i]);
 }
+static inline void v_load2_bf16(const uint16_t *p, vec x[2]) {
+  for (int i = 0; i < 2; ++i)
+    x[i] = (vec){fkda_bf16_to_f32(p[i]), fkda_bf16_to_f32(p[i + 2]), fkda_bf16_to_f32(p[i + 4]),
+                 fkda_bf16_to_f32(p[i + 6])};
+}
+static inline void v_store2_bf16(uint16_t *p, const vec x[2]) {
+  for (int i = 0; i < 2 * LANES; ++i) p[i] = fkda_f32_to_bf16(x[i % 2][i / 2]);
+}
 static inline void v_store_f16(uint16_t *p, vec a) {
   for (int i = 0; i < LANES; ++i) p[i] = fkda_f32_to_f16(a[i]);
 }
