@@ -214,8 +214,8 @@ static void number_cases(void) {
     collinear(c);
     c->T = 16384;
     c->range = "collinear keys";
-    /* The state is v k^T and hardly decays, so rounding across k is never corrected and the same
-     * rounding, every 16 tokens again, adds up: 1e-4 with any fp32 state, however it is computed. */
+    /* The state is v k^T and hardly decays, so rounding across k is never corrected, and the same
+     * rounding, every 16 tokens again, adds up to 1e-4 in fp32 (docs/kernels/cpu.md). */
     c->same_precision = true;
     c = add(FKDA_GROUP_numbers, 2, io_dtypes[d], "collinear_weak_decay_T16384");
     collinear(c);
