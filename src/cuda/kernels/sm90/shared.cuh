@@ -50,9 +50,9 @@ struct Shape {
   static constexpr int SLOT = SLICES * SLICE;
   static constexpr int VALUE = STATE_GROUPS * TILE;
   /* setmaxnreg: the sum over warpgroups is at most their number times what a thread starts with, 96 or 128 */
-  static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 136 : 160) : 176;
+  static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 136 : 160) : 184;
   static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 80 : 56) : 80;
-  static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? 48 : 64;
+  static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? 48 : 56;
 };
 
 /* Offsets of the tiles of a slice. K^ replaces a g of bf16; one of f32 comes in two tiles of its own. */
@@ -70,7 +70,7 @@ struct Shared {
     float column[CHUNK];                 /* r beta */
     float reach[4];                      /* of each factor warp: the largest exponent of K^, log2 */
     uint32_t collinear;                  /* are keys of the two halves nearly parallel? */
-    float guard;                         /* a W of more than |guard| may overflow; negative: collinear */
+    float guard;                         /* a v of more than |guard| may overflow; negative: collinear */
     float unused[26];                    /* squares begin at multiples of 512 bytes */
   };
   struct Tokens {                /* of a factor group: */

@@ -156,7 +156,7 @@ __device__ void solve(Shared<S> &shared, int solver) {
       if (lane == 0) {
         const float4 reach = *reinterpret_cast<const float4 *>(to.reach);
         const float most = fmaxf(fmaxf(reach.x, reach.y), fmaxf(reach.z, reach.w));
-        const float limit = exp2_approx(fminf(114 - most, 100)); /* U is less than 2^6 times the largest W */
+        const float limit = exp2_approx(fminf(108 - most, 100)); /* U is less than 2^12 times the largest v */
         to.guard = to.collinear ? -limit : limit;
       }
       fence_async();

@@ -48,6 +48,13 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
   else
 #pragma unroll
     for (int i = 0; i < K / 2; ++i) s[i] = 0;
+  __nv_bfloat162 seen = __float2bfloat162_rn(0); /* the largest |v| so far, and |S| at first */
+  if (S::STATE_GROUPS == 1) {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) most = fmaxf(most, fabsf(s[i]));
+    seen = __float2bfloat162_rn(most);
+  }
   Checkpoints checkpoints(p);
   const auto put = [&](const fkda_states &to, int64_t offset) {
     Rows::store(s, to, p.layout, offset, first_column());
@@ -99,9 +106,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
           const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
           w[2 * n] &= mask, w[2 * n + 1] &= mask;
         }
+      if (S::STATE_GROUPS == 1)
+#pragma unroll
+        for (int n = 4 * i; n < 4 * i + 4; ++n)
+          seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
     };
     wait(shared.value_full[in.stage], in.parity);
     load_v(0);
+    if (S::STATE_GROUPS == 1) load_v(1);
     if (S::STATE_GROUPS == 1) { /* alone: Q' goes on meanwhile. Two groups lack the registers, and have each other */
       cute::warpgroup_wait<1>();
     } else {
@@ -111,7 +123,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     fence(x);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      if (n == 2) load_v(1);
+      if (S::STATE_GROUPS == 2 && n == 2) load_v(1);
       const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -134,13 +146,19 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     multiply<Major::MN>(x, w, T_high, true);
     multiply<Major::MN>(x, w + 4, T_high + 64, true);
     cute::warpgroup_commit_batch();
-    /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not:
-     * such rows are worked on times 2^-96. */
-    __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
+    /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
+     * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
+     * remember it, and look at W. */
+    bool huge;
+    if (S::STATE_GROUPS == 1) {
+      huge = __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
+    } else {
+      __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
 #pragma unroll
-    for (int i = 1; i < 8; ++i) largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
-    const bool huge =
-        __any_sync(0xffffffffu, fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
+      for (int i = 1; i < 8; ++i)
+        largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
+      huge = __any_sync(0xffffffffu, fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
+    }
     cute::warpgroup_wait<0>();
     fence(x);
     if (huge) {
