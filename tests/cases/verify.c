@@ -657,7 +657,8 @@ static bool future(fkda_fixture *f, fkda_result *result) {
   const fkda_buffer *b = &f->buffers[f->buffer_of[FKDA_FIELD_out]];
   for (int i = 0; i < 3; i++) {
     const int64_t p = points[i], begin = (p + 1) / chunk * chunk;
-    /* A chunk's first tokens may lie above the tolerance of a whole tensor as they are. */
+    /* A chunk's first tokens are few: their error may lie above the tolerance of a whole tensor as they are, and
+     * other gates behind them round differently. */
     double as_it_was[FUTURE_MAX_BATCH];
     if (!reset(f)) return complain(result, "future: copy failed");
     if (!invoke(f, &f->device, FKDA_OK, result)) return false;
@@ -695,7 +696,7 @@ static bool future(fkda_fixture *f, fkda_result *result) {
           !within("future: out up to the changed token", error, result->tolerance_out, result)) {
         return false;
       }
-      const double worse = 1.1 * as_it_was[n];
+      const double worse = 1.5 * as_it_was[n];
       if (begin <= p &&
           !within("future: out in the changed token's chunk", in_chunk[n],
                   worse > result->tolerance_out ? worse : result->tolerance_out, result)) {

@@ -165,7 +165,7 @@ def supported(case):
         dtypes.get("v") == "bfloat16"
         and case["K"] in (64, 128)
         and case["V"] in (64, 128)
-        and case["op"] != "summary"
+        and case["op"] in ("prefill", "decode")
         and dtypes.get("checkpoint_state") != "float16"
         and not table.refused(case["name"])
         and sum(case.get("lens") or [case.get("T", 0)]) <= 1000
