@@ -1256,8 +1256,8 @@ static void backward_cases(void) {
     backward_shapes(io);
     backward_nan(io);
   }
-  fkda_case *c = add_backward(8, FKDA_F16, "plain");
-  c = add_backward(9, FKDA_F16, "ragged_gva_kv");
+  add_backward(8, FKDA_F16, "plain");
+  fkda_case *c = add_backward(9, FKDA_F16, "ragged_gva_kv");
   ragged(c, mixed_lens, 11);
   c->HV = 4;
   c->K = 37;

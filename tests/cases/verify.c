@@ -659,7 +659,7 @@ static bool future(fkda_fixture *f, fkda_result *result) {
     const int64_t p = points[i], begin = (p + 1) / chunk * chunk;
     /* A chunk's first tokens are few: their error may lie above the tolerance of a whole tensor as they are, and
      * other gates behind them round differently. */
-    double as_it_was[FUTURE_MAX_BATCH];
+    double as_it_was[FUTURE_MAX_BATCH] = {0};
     if (!reset(f)) return complain(result, "future: copy failed");
     if (!invoke(f, &f->device, FKDA_OK, result)) return false;
     if (!fetch(f)) return complain(result, "future: download failed");
@@ -688,7 +688,7 @@ static bool future(fkda_fixture *f, fkda_result *result) {
                         p, walk.index[0], walk.index[1], walk.index[2], walk.index[3]);
       }
     }
-    double in_chunk[FUTURE_MAX_BATCH];
+    double in_chunk[FUTURE_MAX_BATCH] = {0};
     if (begin <= p && !errors_until(f, begin, p, in_chunk, result)) return false;
     for (int64_t n = 0; n < c->B; n++) {
       double error;
