@@ -24,7 +24,6 @@ MAY_SKIP = {
     ),
     "sm90": (
         "has kernels for prefill only",
-        "has no kernel yet for gates other than bounded",  # open: an exact path for gates of any strength
         r"\w+: stride of \w+ is .* bytes, expected a multiple of 16, less than 2\^40",
         r"\w+: data 0x\w+, expected a multiple of 16",
     ),
