@@ -8,9 +8,6 @@
 #include "cpu/pool.h"
 #include "run/backend.h"
 
-/* Of the workspace and of each thread's scratch: a cache line, a 512-bit vector. */
-#define ALIGNMENT 64
-
 /* ---- which instruction sets does this processor have? ------------------------------------------- */
 
 #if defined(__x86_64__)
@@ -106,17 +103,16 @@ typedef struct sequence_order {
   int64_t length, n;
 } sequence_order;
 
-static size_t align_up(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
 /* Workspace of a prefill: longest-first order, checkpoint rows, then what the threads work in. Sized for
  * all threads, all of V and either way of sharing out the work, so that it grows with the arguments
  * alone. */
 static size_t order_bytes(const fkda_problem *p) {
-  return align_up((size_t)p->N * sizeof(sequence_order));
+  return fkda_cpu_align_up((size_t)p->N * sizeof(sequence_order));
 }
 static size_t rows_bytes(const fkda_problem *p) {
-  return p->checkpoints.mode == FKDA_CHECKPOINT_EVERY ? align_up((size_t)p->N * sizeof(int64_t))
-                                                      : 0;
+  return p->checkpoints.mode == FKDA_CHECKPOINT_EVERY
+             ? fkda_cpu_align_up((size_t)p->N * sizeof(int64_t))
+             : 0;
 }
 static int64_t widest_V(const fkda_problem *p) {
   return p->op == FKDA_OP_SUMMARY && p->K > p->V ? p->K : p->V;
@@ -247,20 +243,9 @@ static fkda_status launch_decode(const fkda_backend *self, const fkda_problem *p
   return FKDA_OK;
 }
 
-static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
-                          const fkda_plan_t *plan) {
-  if (p->op == FKDA_OP_BACKWARD) return fkda_cpu_backward_launch(self->kernels, p, plan);
-  if (p->N * p->HV == 0) return FKDA_OK;
-  if (p->op == FKDA_OP_DECODE) return launch_decode(self, p, plan);
-
-  char *heap = NULL, *workspace = p->workspace;
-  if (!workspace) {
-    workspace = heap = aligned_alloc(ALIGNMENT, align_up(plan->workspace_size));
-    if (!heap)
-      return fkda_fail(FKDA_ERROR_OUT_OF_MEMORY,
-                       "workspace: %zu bytes of host memory not available", plan->workspace_size);
-  }
-  const fkda_cpu_kernels *kernels = self->kernels;
+/* Prefill and summary. */
+static fkda_status launch_prefill(const fkda_cpu_kernels *kernels, const fkda_problem *p,
+                                  const fkda_plan_t *plan, char *workspace) {
   run r = {.kernels = kernels, .split = 1, .batch = 1};
   if (p->N > 1) {
     sequence_order *order = (sequence_order *)(void *)workspace;
@@ -309,8 +294,26 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
     r.thread_size = thread_bytes(kernels, p);
     fkda_pool_run(plan->threads, worker, &r);
   }
-  free(heap);
   return FKDA_OK;
+}
+
+static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
+                          const fkda_plan_t *plan) {
+  const bool backward = p->op == FKDA_OP_BACKWARD;
+  if (!backward && p->N * p->HV == 0) return FKDA_OK;
+  if (p->op == FKDA_OP_DECODE) return launch_decode(self, p, plan);
+
+  char *heap = NULL, *workspace = p->workspace;
+  if (!workspace) {
+    workspace = heap = aligned_alloc(FKDA_CPU_ALIGNMENT, fkda_cpu_align_up(plan->workspace_size));
+    if (!heap)
+      return fkda_fail(FKDA_ERROR_OUT_OF_MEMORY,
+                       "workspace: %zu bytes of host memory not available", plan->workspace_size);
+  }
+  const fkda_status status = backward ? fkda_cpu_backward_launch(self->kernels, p, plan, workspace)
+                                      : launch_prefill(self->kernels, p, plan, workspace);
+  free(heap);
+  return status;
 }
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {

@@ -7,21 +7,17 @@
 #include "cpu/pool.h"
 #include "plan/plan.h"
 
-#define ALIGNMENT 64 /* of the workspace's parts: a cache line, a 512-bit vector */
-
 typedef struct sequence {
   int64_t length, n;
   int64_t checkpoint_row; /* the first of the states that the prefill has kept */
 } sequence;
 
-static size_t align_up(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
 /* Workspace: the sequences, their parts of d_A_log and d_dt_bias [N][HV][1 + K], one scratch a thread. */
 static size_t sequences_bytes(const fkda_problem *p) {
-  return align_up((size_t)p->N * sizeof(sequence));
+  return fkda_cpu_align_up((size_t)p->N * sizeof(sequence));
 }
 static size_t parts_bytes(const fkda_problem *p) {
-  return align_up((size_t)(p->N * p->HV) * (size_t)(1 + p->K) * sizeof(double));
+  return fkda_cpu_align_up((size_t)(p->N * p->HV) * (size_t)(1 + p->K) * sizeof(double));
 }
 
 void fkda_cpu_backward_plan(const fkda_cpu_kernels *kernels, const fkda_problem *p,
@@ -85,14 +81,7 @@ static int longer_first(const void *left, const void *right) {
 }
 
 fkda_status fkda_cpu_backward_launch(const fkda_cpu_kernels *kernels, const fkda_problem *p,
-                                     const fkda_plan_t *plan) {
-  char *heap = NULL, *workspace = p->workspace;
-  if (!workspace) {
-    workspace = heap = aligned_alloc(ALIGNMENT, align_up(plan->workspace_size));
-    if (!heap)
-      return fkda_fail(FKDA_ERROR_OUT_OF_MEMORY,
-                       "workspace: %zu bytes of host memory not available", plan->workspace_size);
-  }
+                                     const fkda_plan_t *plan, char *workspace) {
   sequence *sequences = (sequence *)(void *)workspace;
   int64_t rows = 0;
   for (int64_t n = 0; n < p->N; ++n) {
@@ -113,6 +102,5 @@ fkda_status fkda_cpu_backward_launch(const fkda_cpu_kernels *kernels, const fkda
   memset(r.parts, 0, parts_bytes(p));
   if (plan->tasks > 0) fkda_pool_run(plan->threads, worker, &r);
   if (p->d_A_log.data || p->d_dt_bias.data) fkda_pool_run(plan->threads, sum_parts, &r);
-  free(heap);
   return FKDA_OK;
 }

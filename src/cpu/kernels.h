@@ -26,6 +26,12 @@ struct fkda_plan_t;
 /* Tokens a chunk. 16 keeps |G| <= 80 for lower_bound -5, and its triangle cheap. */
 #define FKDA_CPU_CHUNK 16
 
+/* Of the workspace, its parts and each thread's scratch: a cache line, a 512-bit vector. */
+#define FKDA_CPU_ALIGNMENT 64
+static inline size_t fkda_cpu_align_up(size_t bytes) {
+  return (bytes + FKDA_CPU_ALIGNMENT - 1) / FKDA_CPU_ALIGNMENT * FKDA_CPU_ALIGNMENT;
+}
+
 /* One sequence and value head, or a part of its value columns. */
 typedef struct fkda_cpu_job {
   const fkda_problem *problem;
@@ -75,7 +81,7 @@ typedef struct fkda_cpu_kernels {
 void fkda_cpu_backward_plan(const fkda_cpu_kernels *kernels, const fkda_problem *problem,
                             struct fkda_plan_t *plan);
 fkda_status fkda_cpu_backward_launch(const fkda_cpu_kernels *kernels, const fkda_problem *problem,
-                                     const struct fkda_plan_t *plan);
+                                     const struct fkda_plan_t *plan, char *workspace);
 
 extern const fkda_cpu_kernels fkda_cpu_kernels_scalar, fkda_cpu_kernels_avx2,
     fkda_cpu_kernels_avx512, fkda_cpu_kernels_neon;

@@ -46,9 +46,9 @@ typedef struct item {
   int64_t first, last;
 } item;
 
-static size_t align_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-static size_t streams_size(int32_t threads) { return align_up((size_t)threads * sizeof(stream)); }
+static size_t streams_size(int32_t threads) {
+  return fkda_cpu_align_up((size_t)threads * sizeof(stream));
+}
 
 size_t fkda_pipeline_memory(const fkda_cpu_kernels *kernels, int64_t K, int64_t V,
                             int32_t threads) {

@@ -19,6 +19,14 @@ bool fkda_cuda_available(const fkda_cuda_capabilities *wanted, char *reason, siz
   return fkda_cuda_on_device(wanted, 0, reason, capacity);
 }
 
+fkda_status fkda_cuda_warmup(const fkda_cuda_capabilities *wanted, fkda_cuda_kernels *kernels,
+                             int32_t device_id) {
+  char reason[FKDA_REASON_CAPACITY];
+  if (!fkda_cuda_on_device(wanted, device_id, reason, sizeof reason))
+    return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
+  return fkda_cuda_kernels_load(kernels, fkda_cuda_driver_get(NULL, 0), device_id);
+}
+
 static bool is_64_or_128(int64_t size) { return size == 64 || size == 128; }
 
 static bool is_bf16_or_f32(int32_t dtype) { return dtype == FKDA_BF16 || dtype == FKDA_F32; }

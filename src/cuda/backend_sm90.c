@@ -203,10 +203,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
 }
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {
-  char reason[FKDA_REASON_CAPACITY];
-  if (!on_device(self, device_id, reason, sizeof reason))
-    return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
-  return fkda_cuda_kernels_load(&kernels, fkda_cuda_driver_get(NULL, 0), device_id);
+  (void)self;
+  return fkda_cuda_warmup(&capabilities, &kernels, device_id);
 }
 
 const fkda_backend fkda_backend_cuda_sm90 = {

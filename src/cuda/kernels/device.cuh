@@ -1,4 +1,4 @@
-/* What the CUDA kernels share: small arithmetic, the gates (2), a block's task, states in memory. */
+/* What the prefill kernels share: small arithmetic, a block's task, states and checkpoints in memory. */
 #ifndef FKDA_CUDA_DEVICE_CUH
 #define FKDA_CUDA_DEVICE_CUH
 
@@ -63,6 +63,15 @@ __device__ __forceinline__ int64_t clamp64(int64_t x, int64_t low, int64_t high)
   return x < low ? low : x > high ? high : x;
 }
 
+/* A number, opaque: what is computed from it is made anew where it is needed. The compiler otherwise
+ * moves every address out of the chunk loop and spills them. */
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ int fresh_warp() { return fresh(threadIdx.x / 32); }
+__device__ __forceinline__ int fresh_lane() { return fresh(threadIdx.x & 31); }
+
 /* ---- the block's task ----------------------------------------------------------------------------- */
 
 /* A sequence's place. cu_seqlens lies in device memory: clamped, not trusted. */
@@ -91,7 +100,8 @@ __device__ __forceinline__ int64_t first_row(const fkda_rows &rows, const Task &
 }
 
 /* Part `part` of head `head` of sequence n, a part being `columns` value columns. */
-__device__ inline Task make_task(const fkda_problem &p, int64_t n, int head, int part, int columns, int chunk) {
+__device__ inline Task make_task(const fkda_problem &p, int64_t n, int head, int part, int columns,
+                                 int chunk) {
   Task task;
   task.n = n;
   task.head = head;
@@ -123,8 +133,8 @@ struct StateRows {
    * neighbouring channels. `data` is element (0, 0) of this warp's rows, strides in bytes. The empty asm keeps
    * the compiler from holding every address in registers at once. */
   template <class Visit>
-  __device__ __forceinline__ static void each_pair(float (&s)[K / 2], char *data, int64_t sv, int64_t sk,
-                                                   Visit visit) {
+  __device__ __forceinline__ static void each_pair(float (&s)[K / 2], char *data, int64_t sv,
+                                                   int64_t sk, Visit visit) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -132,51 +142,57 @@ struct StateRows {
 #pragma unroll
       for (int n = 0; n < K / 8; ++n, at += 8 * sk) {
         asm volatile("" : "+l"(at));
-        visit(at, sk, s[4 * n + 2 * h], s[4 * n + 2 * h + 1], n);
+        visit(at, sk, s[4 * n + 2 * h], s[4 * n + 2 * h + 1]);
       }
     }
   }
 
   /* Can two neighbouring channels move as one access? Strides in bytes. */
-  __device__ __forceinline__ static bool paired(const void *data, int64_t sv, int64_t sk, int size) {
-    return sk == size && sv % (2 * size) == 0 && reinterpret_cast<uintptr_t>(data) % (2 * size) == 0;
+  __device__ __forceinline__ static bool paired(const void *data, int64_t sv, int64_t sk,
+                                                int size) {
+    return sk == size && sv % (2 * size) == 0 &&
+           reinterpret_cast<uintptr_t>(data) % (2 * size) == 0;
   }
 
-  __device__ static void load(float (&s)[K / 2], char *data, int32_t dtype, int64_t sv, int64_t sk) {
+  __device__ static void load(float (&s)[K / 2], char *data, int32_t dtype, int64_t sv,
+                              int64_t sk) {
     if (dtype == FKDA_F32) {
       if (paired(data, sv, sk, 4))
-        each_pair(s, data, sv, 4, [](char *at, int64_t, float &a, float &b, int) {
+        each_pair(s, data, sv, 4, [](char *at, int64_t, float &a, float &b) {
           const float2 x = *reinterpret_cast<const float2 *>(at);
           a = x.x, b = x.y;
         });
       else
-        each_pair(s, data, sv, sk, [](char *at, int64_t step, float &a, float &b, int) {
+        each_pair(s, data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
           a = *reinterpret_cast<const float *>(at), b = *reinterpret_cast<const float *>(at + step);
         });
     } else {
-      each_pair(s, data, sv, sk, [](char *at, int64_t step, float &a, float &b, int) {
+      each_pair(s, data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
         a = __bfloat162float(*reinterpret_cast<const bf16 *>(at));
         b = __bfloat162float(*reinterpret_cast<const bf16 *>(at + step));
       });
     }
   }
 
-  __device__ static void store(float (&s)[K / 2], char *data, int32_t dtype, int64_t sv, int64_t sk) {
+  __device__ static void store(float (&s)[K / 2], char *data, int32_t dtype, int64_t sv,
+                               int64_t sk) {
     if (dtype == FKDA_F32) {
       if (paired(data, sv, sk, 4))
-        each_pair(s, data, sv, 4, [](char *at, int64_t, float a, float b, int) {
+        each_pair(s, data, sv, 4, [](char *at, int64_t, float a, float b) {
           *reinterpret_cast<float2 *>(at) = make_float2(a, b);
         });
       else
-        each_pair(s, data, sv, sk, [](char *at, int64_t step, float a, float b, int) {
+        each_pair(s, data, sv, sk, [](char *at, int64_t step, float a, float b) {
           *reinterpret_cast<float *>(at) = a, *reinterpret_cast<float *>(at + step) = b;
         });
     } else if (paired(data, sv, sk, 2)) {
-      each_pair(s, data, sv, 2, [](char *at, int64_t, float a, float b, int) {
+      each_pair(s, data, sv, 2, [](char *at, int64_t, float a, float b) {
+        asm volatile("" : "+f"(a), "+f"(b)); /* or all of S is packed ahead, and spilled */
         *reinterpret_cast<uint32_t *>(at) = pack(a, b);
       });
     } else {
-      each_pair(s, data, sv, sk, [](char *at, int64_t step, float a, float b, int) {
+      each_pair(s, data, sv, sk, [](char *at, int64_t step, float a, float b) {
+        asm volatile("" : "+f"(a), "+f"(b));
         *reinterpret_cast<bf16 *>(at) = __float2bfloat16_rn(a);
         *reinterpret_cast<bf16 *>(at + step) = __float2bfloat16_rn(b);
       });
@@ -185,16 +201,16 @@ struct StateRows {
 
   /* The head's state at element `offset` of `states`; value rows from `v_first` on. */
   template <class Move>
-  __device__ __forceinline__ static void place(const fkda_states &states, int layout, int64_t offset,
-                                               int v_first, Move move) {
+  __device__ __forceinline__ static void place(const fkda_states &states, int layout,
+                                               int64_t offset, int v_first, Move move) {
     const int size = states.dtype == FKDA_F32 ? 4 : 2;
     const int64_t row = states.stride_row * size;
     const int64_t sv = layout == FKDA_STATE_VK ? row : size;
     move(static_cast<char *>(states.data) + offset * size + v_first * sv, sv,
          layout == FKDA_STATE_VK ? size : row);
   }
-  __device__ static void load(float (&s)[K / 2], const fkda_states &from, int layout, int64_t offset,
-                              int v_first) {
+  __device__ static void load(float (&s)[K / 2], const fkda_states &from, int layout,
+                              int64_t offset, int v_first) {
     place(from, layout, offset, v_first,
           [&](char *data, int64_t sv, int64_t sk) { load(s, data, from.dtype, sv, sk); });
   }
@@ -226,11 +242,13 @@ struct Checkpoints {
   __device__ Checkpoints(const fkda_problem &p)
       : next(p.checkpoints.mode == FKDA_CHECKPOINT_NONE ? INT32_MAX : 0) {}
 
-  __device__ __forceinline__ bool due(int done, bool at_end) const { return done >= next || at_end; }
+  __device__ __forceinline__ bool due(int done, bool at_end) const {
+    return done >= next || at_end;
+  }
 
   template <class Put>
-  __device__ __forceinline__ void visit(const fkda_problem &p, const Task &task, int done, bool at_end,
-                                        Put put) {
+  __device__ __forceinline__ void visit(const fkda_problem &p, const Task &task, int done,
+                                        bool at_end, Put put) {
     const fkda_checkpoints &c = p.checkpoints;
     const bool every = c.mode == FKDA_CHECKPOINT_EVERY, packed = c.mode == FKDA_CHECKPOINT_PACKED;
     int64_t first = task.n * c.per_sequence, last = first + c.per_sequence;

@@ -23,14 +23,14 @@
  * Norms (1) are factors of rows and columns, applied in f32 after the products: operands are rounded from
  * the raw bf16 k once, so that nearly collinear keys stay collinear (docs/math.md).
  */
-#include <cuda_bf16.h>
-
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
+#include "cuda/kernels/device.cuh"
 #include "cuda/kernels/portable/params.h"
 
+namespace fkda {
 namespace {
 
 constexpr int CHUNK = FKDA_PORTABLE_CHUNK;
@@ -38,11 +38,8 @@ constexpr int GROUPS = 2;      /* of factor warps, on alternate chunks */
 constexpr int GROUP_WARPS = 4; /* each owns 32 channels; with K = 64 two of them have none */
 constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
 constexpr int V_STAGES = FKDA_PORTABLE_V_STAGES; /* chunks of v in shared memory */
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr float ANCHOR_RANGE = 44.0f * LOG2E;
-constexpr float CLAMP = (float)FKDA_GATE_CLAMP * LOG2E;
 
-using bf16 = __nv_bfloat16;
 using Mbarrier = uint64_t; /* in shared memory */
 using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 
@@ -78,18 +75,13 @@ struct Factors { /* what passes from factor to state warps */
   float beta[CHUNK];
 };
 
-/* What the block works on. It lies in shared memory: 64-bit values that are rarely needed. */
-struct alignas(16) Task {
-  int64_t n, b, begin;
-  int64_t initial_slot, final_slot;
-  int32_t length, chunks;         /* tokens; chunks of 16 of them */
-  int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
-  const bf16 *q, *k;              /* row of token 0 */
+/* A task, and what of it the copies go by. */
+struct BlockTask : Task {
+  const bf16 *q, *k; /* row of token 0 */
   const char *g, *beta;
   const bf16 *v; /* the block's first value column of token 0 */
   bf16 *out;
   float scale;
-  bool skip, load_initial;
 };
 
 /* What a group of factor warps works on. */
@@ -115,7 +107,7 @@ struct Shared {
   static constexpr int SOLVER = STATES + 32 * STATE_WARPS; /* its first thread */
   static constexpr int THREADS = SOLVER + (HAS_SOLVER ? 32 : 0);
   static constexpr int V_PITCH = 16 + 8; /* one 16-byte piece more: conflict-free ldmatrix */
-  Task task;
+  BlockTask task;
   /* A phase is a chunk of the group. Its factor warps arrive when all but the triangles is there, when the
    * triangles are, and, with the solver, when all is; the state warps when they need it no more. */
   Mbarrier factored[GROUPS], triangles[GROUPS], solved[GROUPS], empty[GROUPS];
@@ -125,50 +117,10 @@ struct Shared {
 
 /* ---- small pieces --------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float sigmoid(float x) {
-  return reciprocal(1.0f + exp2_approx(-LOG2E * x));
-}
-
-/* log(1 + e^x): max(x, 0) + 2 atanh(y / (2 + y)), y = e^-|x|; polynomial as in the CPU's vector_math.h. */
-__device__ __forceinline__ float softplus(float x) {
-  const float y = exp2_approx(-LOG2E * fabsf(x));
-  const float s = y * reciprocal(2.0f + y), z = s * s;
-  float q = 0.2819154961037639f;
-  q = fmaf(q, z, 0.2795766525963916f);
-  q = fmaf(q, z, 0.40025114361268205f);
-  q = fmaf(q, z, 0.6666631014408443f);
-  q = fmaf(q, z, 2.0000000080787173f);
-  return fmaf(s, q, x > 0 ? x : 0);
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t &>(pair);
-}
-__device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_of(uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
-}
-
 /* Two numbers as the sum of two bf16 pairs each: 16 bits of mantissa. */
 __device__ __forceinline__ void split(float x, float y, uint32_t &high, uint32_t &low) {
   high = pack(x, y);
-  low = pack(x - low_of(high), y - high_of(high));
-}
-
-__device__ __forceinline__ float load_float(const void *data, int32_t dtype, int64_t i) {
-  return dtype == FKDA_F32 ? static_cast<const float *>(data)[i]
-                           : __bfloat162float(static_cast<const bf16 *>(data)[i]);
+  low = pack_rest(x, y, high);
 }
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -243,51 +195,14 @@ __device__ __forceinline__ void wait(Mbarrier &barrier, int turn) {
   __syncwarp();
 }
 
-/* A number, opaque: what is computed from it is made anew where it is needed. The compiler otherwise moves
- * every address out of the chunk loop and spills them. */
-__device__ __forceinline__ int fresh(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-__device__ __forceinline__ int fresh_warp() { return fresh(threadIdx.x / 32); }
-__device__ __forceinline__ int fresh_lane() { return fresh(threadIdx.x & 31); }
-
 /* ---- the block's task ----------------------------------------------------------------------------- */
 
-
-__device__ __forceinline__ int64_t clamp64(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
-
-/* First element of a tensor's row for the sequence's token 0. */
-__device__ __forceinline__ int64_t first_row(const fkda_rows &rows, const Task &task, int head) {
-  return task.b * rows.stride_b + task.begin * rows.stride_t + head * rows.stride_h;
-}
-
-__device__ Task find_task(const fkda_portable_params &params, int VP) {
+__device__ BlockTask find_task(const fkda_portable_params &params, int VP) {
   const fkda_problem &p = params.problem;
-  Task task;
   int64_t id = blockIdx.x;
   const int part = id % params.value_split;
   id /= params.value_split;
-  task.head = id % p.HV;
-  task.n = id / p.HV;
-  task.qk_head = (int64_t)task.head * p.H / p.HV;
-  task.v_begin = part * VP;
-  fkda_span span = fkda_span_of(&p, task.n);
-  if (p.cu_seqlens.data) { /* device memory: clamped, not trusted */
-    const int64_t end = clamp64(span.begin + span.length, 0, p.T);
-    span.begin = clamp64(span.begin, 0, p.T);
-    span.length = end > span.begin ? end - span.begin : 0;
-  }
-  task.b = span.b;
-  task.begin = span.begin;
-  task.length = (int32_t)span.length;
-  task.chunks = (task.length + CHUNK - 1) / CHUNK;
-  task.initial_slot = fkda_index_of(&p.initial_indices, task.n, 0);
-  task.final_slot = fkda_index_of(&p.final_indices, task.n, 0);
-  task.skip = (p.initial.data && (task.initial_slot < 0 || task.initial_slot >= p.initial.slots)) ||
-              (p.final.data && (task.final_slot < 0 || task.final_slot >= p.final.slots));
+  BlockTask task = {make_task(p, id / p.HV, (int)(id % p.HV), part, VP, CHUNK)};
   task.q = static_cast<const bf16 *>(p.q.data) + first_row(p.q, task, task.qk_head);
   task.k = static_cast<const bf16 *>(p.k.data) + first_row(p.k, task, task.qk_head);
   task.g = static_cast<const char *>(p.g.data) +
@@ -297,10 +212,6 @@ __device__ Task find_task(const fkda_portable_params &params, int VP) {
   task.v = static_cast<const bf16 *>(p.v.data) + first_row(p.v, task, task.head) + task.v_begin;
   task.out = static_cast<bf16 *>(p.out.data) + first_row(p.out, task, task.head) + task.v_begin;
   task.scale = (float)p.scale;
-  task.load_initial =
-      p.initial.data &&
-      (!p.has_initial.data ||
-       static_cast<const uint8_t *>(p.has_initial.data)[task.n * p.has_initial.stride] != 0);
   return task;
 }
 
@@ -551,7 +462,7 @@ __device__ __forceinline__ void apply_gate(float (&g)[16], const Gate &gate0, co
  * 16 bits of a float, or twice the bf16. No predicate and no branch, or the loads would be waited for at once. */
 struct RawBeta {
   uint16_t upper, lower;
-  __device__ __forceinline__ RawBeta(const fkda_problem &p, const Task &task, int chunk, int lane) {
+  __device__ __forceinline__ RawBeta(const fkda_problem &p, const BlockTask &task, int chunk, int lane) {
     const int t = chunk * CHUNK + (lane & 15), last = task.length - 1;
     const int is_f32 = p.beta.dtype == FKDA_F32;
     const uint16_t *from = reinterpret_cast<const uint16_t *>(task.beta) +
@@ -570,7 +481,7 @@ struct RawBeta {
 
 template <int K, int VP>
 __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, VP> &block,
-                                 const Task &task) {
+                                 const BlockTask &task) {
   const fkda_problem &p = params.problem;
   constexpr bool ROOMY = Shared<K, VP>::ROOMY, HAS_SOLVER = Shared<K, VP>::HAS_SOLVER;
   FactorThread<K> me;
@@ -821,7 +732,7 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
 }
 
 template <int K, int VP>
-__device__ void run_solver(Shared<K, VP> &block, const Task &task) {
+__device__ void run_solver(Shared<K, VP> &block, const BlockTask &task) {
   const int chunks = task.chunks;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -848,178 +759,22 @@ struct State {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
   }
-
-  /* Calls visit(address of the first, bytes from one to the other, first, second) for the pairs of
-   * neighbouring channels. `data` is the element (0, 0) of this warp's value rows, strides in bytes. The
-   * empty asm keeps the compiler from holding every address in registers at once. */
-  template <class Visit>
-  __device__ __forceinline__ void each_pair(char *data, int64_t sv, int64_t sk, Visit visit) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        char *at = data + (16 * m + 8 * h + (lane >> 2)) * sv + 2 * (lane & 3) * sk;
-#pragma unroll
-        for (int n = 0; n < K / 8; ++n, at += 8 * sk) {
-          asm volatile("" : "+l"(at));
-          visit(at, sk, s[m][n][2 * h], s[m][n][2 * h + 1]);
-        }
-      }
+  /* As device.cuh moves them. */
+  __device__ __forceinline__ float (&rows())[K / 2] {
+    static_assert(M == 1, "one tile of rows");
+    return reinterpret_cast<float(&)[K / 2]>(s[0]);
   }
-
-  /* Can two neighbouring channels move as one access? Strides in bytes. */
-  __device__ __forceinline__ static bool paired(const void *data, int64_t sv, int64_t sk, int size) {
-    return sk == size && sv % (2 * size) == 0 && reinterpret_cast<uintptr_t>(data) % (2 * size) == 0;
+  __device__ __forceinline__ void load(const fkda_states &from, int layout, int64_t offset, int v_first) {
+    StateRows<K>::load(rows(), from, layout, offset, v_first);
   }
-
-  __device__ void load(char *data, int32_t dtype, int64_t sv, int64_t sk) {
-    if (dtype == FKDA_F32) {
-      if (paired(data, sv, sk, 4))
-        each_pair(data, sv, 4, [](char *at, int64_t, float &a, float &b) {
-          const float2 x = *reinterpret_cast<const float2 *>(at);
-          a = x.x, b = x.y;
-        });
-      else
-        each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
-          a = *reinterpret_cast<const float *>(at), b = *reinterpret_cast<const float *>(at + step);
-        });
-    } else {
-      each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
-        a = __bfloat162float(*reinterpret_cast<const bf16 *>(at));
-        b = __bfloat162float(*reinterpret_cast<const bf16 *>(at + step));
-      });
-    }
-  }
-
-  __device__ void store(char *data, int32_t dtype, int64_t sv, int64_t sk) {
-    if (dtype == FKDA_F32) {
-      if (paired(data, sv, sk, 4))
-        each_pair(data, sv, 4, [](char *at, int64_t, float &a, float &b) {
-          *reinterpret_cast<float2 *>(at) = make_float2(a, b);
-        });
-      else
-        each_pair(data, sv, sk, [](char *at, int64_t step, float &a, float &b) {
-          *reinterpret_cast<float *>(at) = a, *reinterpret_cast<float *>(at + step) = b;
-        });
-    } else if (paired(data, sv, sk, 2)) {
-      each_pair(data, sv, 2, [](char *at, int64_t, float a, float b) {
-        asm volatile("" : "+f"(a), "+f"(b)); /* or all of S is packed ahead, and spilled */
-        *reinterpret_cast<uint32_t *>(at) = pack(a, b);
-      });
-    } else {
-      each_pair(data, sv, sk, [](char *at, int64_t step, float a, float b) {
-        asm volatile("" : "+f"(a), "+f"(b));
-        *reinterpret_cast<bf16 *>(at) = __float2bfloat16_rn(a);
-        *reinterpret_cast<bf16 *>(at + step) = __float2bfloat16_rn(b);
-      });
-    }
-  }
-
-  /* The head's state at element `offset` of `states`; value rows from `v_first` on. */
-  template <class Move>
-  __device__ __forceinline__ static void place(const fkda_states &states, int layout, int64_t offset,
-                                               int v_first, Move move) {
-    const int size = states.dtype == FKDA_F32 ? 4 : 2;
-    const int64_t row = states.stride_row * size;
-    const int64_t sv = layout == FKDA_STATE_VK ? row : size;
-    move(static_cast<char *>(states.data) + offset * size + v_first * sv, sv,
-         layout == FKDA_STATE_VK ? size : row);
-  }
-  __device__ void load(const fkda_states &from, int layout, int64_t offset, int v_first) {
-    place(from, layout, offset, v_first,
-          [&](char *data, int64_t sv, int64_t sk) { load(data, from.dtype, sv, sk); });
-  }
-  __device__ void store(const fkda_states &to, int layout, int64_t offset, int v_first) {
-    place(to, layout, offset, v_first,
-          [&](char *data, int64_t sv, int64_t sk) { store(data, to.dtype, sv, sk); });
-  }
-};
-
-/* Checkpoints by interval: rows of the sequences before this one. A warp together. */
-__device__ int64_t first_checkpoint_row(const fkda_problem &p, int64_t n) {
-  const int lane = threadIdx.x & 31;
-  int64_t sum = 0;
-  for (int64_t m = lane; m < n; m += 32) {
-    const fkda_span span = fkda_span_of(&p, m);
-    const int64_t length = clamp64(span.length, 0, p.T);
-    sum += (length + p.checkpoints.every - 1) / p.checkpoints.every;
-  }
-#pragma unroll
-  for (int width = 16; width; width /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, width);
-  return sum;
-}
-
-/* The checkpoints and the final state of a sequence. A visit at a chunk boundary calls put(states, element
- * offset of the head's state) for each one that belongs there. */
-struct Checkpoints {
-  int next; /* tokens done at the next boundary worth a visit */
-
-  __device__ Checkpoints(const fkda_problem &p)
-      : next(p.checkpoints.mode == FKDA_CHECKPOINT_NONE ? INT32_MAX : 0) {}
-
-  __device__ __forceinline__ bool due(int done, bool at_end) const { return done >= next || at_end; }
-
-  template <class Put>
-  __device__ __forceinline__ void visit(const fkda_problem &p, const Task &task, int done, bool at_end,
-                                        Put put) {
-    const fkda_checkpoints &c = p.checkpoints;
-    const bool every = c.mode == FKDA_CHECKPOINT_EVERY, packed = c.mode == FKDA_CHECKPOINT_PACKED;
-    int64_t first = task.n * c.per_sequence, last = first + c.per_sequence;
-    const bool checkpoints_due = done >= next;
-    if (checkpoints_due) next = INT32_MAX;
-    if (!checkpoints_due) {
-      last = first;
-    } else if (every) {
-      int64_t j = -1;
-      if (c.before)
-        j = done % c.every == 0 && done < task.length ? done / c.every : -1;
-      else if (done > 0 && (done % c.every == 0 || done == task.length))
-        j = (done - 1) / c.every;
-      first = last = first_checkpoint_row(p, task.n) + j;
-      if (j >= 0) ++last;
-      const int64_t following = (done / c.every + 1) * c.every;
-      next = following < task.length ? (int)following : task.length;
-      if (next <= done) next = INT32_MAX;
-    } else if (packed) {
-      first = fkda_int_at(c.indptr.data, c.indptr.dtype, task.n * c.indptr.stride);
-      last = fkda_int_at(c.indptr.data, c.indptr.dtype, (task.n + 1) * c.indptr.stride);
-      first = clamp64(first, 0, c.rows);
-    }
-    if (last > c.rows) last = c.rows < first ? first : c.rows; /* device memory: not trusted */
-#pragma unroll 1
-    for (int64_t row = first; row <= last; ++row) {
-      const fkda_states *states = &c.state;
-      int64_t offset = row * c.state.stride_slot;
-      if (row == last) { /* behind the checkpoints: the final state */
-        states = &p.final;
-        if (!at_end || !states->data) break;
-        offset = task.final_slot * states->stride_slot;
-      } else {
-        const int64_t column = row - first;
-        if (!every) {
-          const int64_t at_token = packed ? fkda_index_of(&c.offsets, row, 0)
-                                          : fkda_index_of(&c.offsets, task.n, column);
-          if (at_token > done && at_token < next) next = (int)at_token;
-          if (at_token != done || done > task.length) continue;
-          if (!packed) offset = task.n * c.stride_n + column * c.state.stride_slot;
-        }
-        if (c.slots.data) {
-          const int64_t slot = c.mode == FKDA_CHECKPOINT_OFFSETS && c.slots.columns
-                                   ? fkda_index_of(&c.slots, task.n, column)
-                                   : fkda_index_of(&c.slots, row, 0);
-          if (slot < 0 || slot >= c.state.slots) continue;
-          offset = slot * c.state.stride_slot;
-        }
-      }
-      put(*states, offset + task.head * states->stride_head);
-    }
+  __device__ __forceinline__ void store(const fkda_states &to, int layout, int64_t offset, int v_first) {
+    StateRows<K>::store(rows(), to, layout, offset, v_first);
   }
 };
 
 template <int K, int VP>
 __device__ void run_state_warps(const fkda_portable_params &params, Shared<K, VP> &shared,
-                                const Task &task) {
+                                const BlockTask &task) {
   constexpr int M = 1;        /* tiles of 16 value rows a warp */
   constexpr int COLUMNS = 16; /* value columns a warp */
   constexpr int PITCH = Shared<K, VP>::V_PITCH;
@@ -1244,7 +999,7 @@ __device__ __forceinline__ void prefill(const fkda_portable_params &params) {
     shared.task = find_task(params, VP);
   }
   __syncthreads();
-  const Task &task = shared.task;
+  const BlockTask &task = shared.task;
   if (task.skip) return;
   if (threadIdx.x < Shared<K, VP>::STATES)
     run_factor_warps<K, VP>(params, shared, task);
@@ -1255,10 +1010,11 @@ __device__ __forceinline__ void prefill(const fkda_portable_params &params) {
 }
 
 }  // namespace
+}  // namespace fkda
 
 #define FKDA_ENTRY(K, VP)                                                                       \
   extern "C" __global__ void __launch_bounds__(FKDA_PORTABLE_PREFILL_THREADS(VP), 1)            \
       fkda_portable_prefill_k##K##_v##VP(const __grid_constant__ fkda_portable_params params) { \
-    prefill<K, VP>(params);                                                                     \
+    fkda::prefill<K, VP>(params);                                                                   \
   }
 FKDA_PORTABLE_PREFILL_LIST(FKDA_ENTRY)

@@ -9,7 +9,9 @@
 
 namespace fkda {
 
-__device__ __forceinline__ void group_sync(int group) { cutlass::arch::NamedBarrier::sync(128, group); }
+__device__ __forceinline__ void group_sync(int group) {
+  cutlass::arch::NamedBarrier::sync(128, group);
+}
 
 /* (2), (8) over one slot, in place of k, q, g: K' = k e^{G-m}, Q' = q e^{G-m}, K^ = k e^{m-G}, m being G after the
  * chunk's first half. A thread owns two channels and one half; it walks away from the anchor, so that its sum
@@ -17,8 +19,9 @@ __device__ __forceinline__ void group_sync(int group) { cutlass::arch::NamedBarr
  * behind it (with it). Row 15 ^ t or 16 ^ t is token t of the walk, so that all its addresses are one
  * address xor a constant, and the two rows that a warp touches at once lie in different banks. */
 template <class S>
-__device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane, float slope, float factor,
-                                               const float (&offset)[2], float (&sum)[2]) {
+__device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane, float slope,
+                                               float factor, const float (&offset)[2],
+                                               float (&sum)[2]) {
   const bool behind = lane >> 4;
   const int column = 32 * (warp & 1) + 2 * (lane & 15);
   uint32_t at = slot + (warp >> 1) * S::SLICE + in_tile(behind ? 16 : 15, column);
@@ -75,8 +78,8 @@ __device__ __forceinline__ void square_rows(uint32_t at, int lane, float (&sum)[
     load_matrices(at ^ (k * 2), a);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      Mma::fma(d[h][0], d[h][1], d[h][2], d[h][3], a[0], a[1], a[2], a[3], a[h], a[h + 2], d[h][0], d[h][1],
-               d[h][2], d[h][3]);
+      Mma::fma(d[h][0], d[h][1], d[h][2], d[h][3], a[0], a[1], a[2], a[3], a[h], a[h + 2], d[h][0],
+               d[h][1], d[h][2], d[h][3]);
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) sum[h] = lane >> 2 & 1 ? d[h][2 * h + 1] : d[h][2 * h];
@@ -102,159 +105,168 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
   const int first = threadIdx.x / 128 - S::STATE_GROUPS;
   Ring<S::SLOTS> ring;
   ring.next(first);
-  int chunk = first;  /* of its task; may lie beyond it, in the next */
+  int chunk = first;      /* of its task; may lie beyond it, in the next */
   uint32_t count = first; /* chunks of the block before this one */
   each_task(shared, [&](const Task &task) {
-  if (chunk >= task.chunks) {
-    chunk -= task.chunks;
-    return;
-  }
-  const float exp_A = p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
-  const float slope = -LOG2E * (exp_A > 1e-37f ? exp_A : 1e-37f); /* times -inf it must not be NaN */
-  const float factor = LOG2E * (float)p.lower_bound;
-  float offset[2] = {0, 0};
-  {
-    const int warp = fresh_warp() & 3, lane = fresh_lane();
-    if (32 * warp < S::K && p.dt_bias.data)
+    if (chunk >= task.chunks) {
+      chunk -= task.chunks;
+      return;
+    }
+    const float exp_A =
+        p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
+    const float slope =
+        -LOG2E * (exp_A > 1e-37f ? exp_A : 1e-37f); /* times -inf it must not be NaN */
+    const float factor = LOG2E * (float)p.lower_bound;
+    float offset[2] = {0, 0};
+    {
+      const int warp = fresh_warp() & 3, lane = fresh_lane();
+      if (32 * warp < S::K && p.dt_bias.data)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        offset[i] = slope * load_float(p.dt_bias.data, p.dt_bias.dtype,
-                                       (int64_t)task.head * S::K + 32 * warp + 2 * (lane & 15) + i);
-  }
-  /* A lane of warp 2 has a token's beta, loaded a turn ahead: it comes from device memory. */
-  const auto load_beta = [&](int t) -> uint32_t {
-    if (t >= task.length) return 0;
-    int head = task.head;
-    asm volatile("" : "+r"(head)); /* rather work it out again than hold it */
-    const int64_t i = first_row(p.beta, task, head) + (int64_t)t * p.beta.stride_t;
-    return p.beta.dtype == FKDA_F32 ? static_cast<const uint32_t *>(p.beta.data)[i]
-                                    : static_cast<const uint16_t *>(p.beta.data)[i];
-  };
-  uint32_t raw_beta = (fresh_warp() & 3) == 2 ? load_beta(chunk * CHUNK + fresh_lane()) : 0;
+        for (int i = 0; i < 2; ++i)
+          offset[i] =
+              slope * load_float(p.dt_bias.data, p.dt_bias.dtype,
+                                 (int64_t)task.head * S::K + 32 * warp + 2 * (lane & 15) + i);
+    }
+    /* A lane of warp 2 has a token's beta, loaded a turn ahead: it comes from device memory. */
+    const auto load_beta = [&](int t) -> uint32_t {
+      if (t >= task.length) return 0;
+      const int64_t i = first_row(p.beta, task, fresh(task.head)) + (int64_t)t * p.beta.stride_t;
+      return p.beta.dtype == FKDA_F32 ? static_cast<const uint32_t *>(p.beta.data)[i]
+                                      : static_cast<const uint16_t *>(p.beta.data)[i];
+    };
+    uint32_t raw_beta = (fresh_warp() & 3) == 2 ? load_beta(chunk * CHUNK + fresh_lane()) : 0;
 
 #pragma unroll 1
-  for (; chunk < task.chunks; chunk += S::FACTOR_GROUPS, count += S::FACTOR_GROUPS, ring.next(S::FACTOR_GROUPS)) {
-    const int left = task.length - chunk * CHUNK;
-    const int warp = fresh_warp() & 3, lane = fresh_lane();
-    const int group = fresh_warp() / 4 - S::STATE_GROUPS;
-    typename Shared<S>::Tokens &tokens = shared.tokens[group][count / S::FACTOR_GROUPS & 1];
-    if (warp == 2) {
-      float beta = __uint_as_float(p.beta.dtype == FKDA_F32 ? raw_beta : raw_beta << 16);
-      if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta);
-      tokens.beta[lane] = lane < left ? beta : 0;
-      raw_beta = load_beta((chunk + S::FACTOR_GROUPS) * CHUNK + lane);
-    }
-    wait(shared.slot_full[ring.stage], ring.parity);
-    const Ring<S::HANDOVERS> out = half_of(ring);
-    const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
-    typename Shared<S>::Handover &to = shared.handover[out.stage];
-    if (left < CHUNK) {
-      clear_rows<S>(shared.slots[ring.stage], left);
-      group_sync(group);
-    }
-    if (p.l2norm) {
-      if (warp / 2 < S::SLICES) {
-        const int row = 16 * (warp & 1);
-        float part[2];
-        square_rows(slot + warp / 2 * S::SLICE + SLICE_Q + in_tile(row + (lane & 15), lane >> 4 << 3), lane, part);
-        if ((lane & 3) == lane >> 3) {
-          tokens.square[warp / 2][row + (lane >> 2)] = part[0];
-          tokens.square[warp / 2][row + (lane >> 2) + 8] = part[1];
+    for (; chunk < task.chunks;
+         chunk += S::FACTOR_GROUPS, count += S::FACTOR_GROUPS, ring.next(S::FACTOR_GROUPS)) {
+      const int left = task.length - chunk * CHUNK;
+      const int warp = fresh_warp() & 3, lane = fresh_lane();
+      const int group = fresh_warp() / 4 - S::STATE_GROUPS;
+      typename Shared<S>::Tokens &tokens = shared.tokens[group][count / S::FACTOR_GROUPS & 1];
+      if (warp == 2) {
+        float beta = __uint_as_float(p.beta.dtype == FKDA_F32 ? raw_beta : raw_beta << 16);
+        if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta);
+        tokens.beta[lane] = lane < left ? beta : 0;
+        raw_beta = load_beta((chunk + S::FACTOR_GROUPS) * CHUNK + lane);
+      }
+      wait(shared.slot_full[ring.stage], ring.parity);
+      const Ring<S::HANDOVERS> out = half_of(ring);
+      const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+      typename Shared<S>::Handover &to = shared.handover[out.stage];
+      if (left < CHUNK) {
+        clear_rows<S>(shared.slots[ring.stage], left);
+        group_sync(group);
+      }
+      if (p.l2norm) {
+        if (warp / 2 < S::SLICES) {
+          const int row = 16 * (warp & 1);
+          float part[2];
+          square_rows(
+              slot + warp / 2 * S::SLICE + SLICE_Q + in_tile(row + (lane & 15), lane >> 4 << 3),
+              lane, part);
+          if ((lane & 3) == lane >> 3) {
+            tokens.square[warp / 2][row + (lane >> 2)] = part[0];
+            tokens.square[warp / 2][row + (lane >> 2) + 8] = part[1];
+          }
         }
       }
-    }
-    group_sync(group); /* q has been read */
-    float sum[2];
-    const bool active = 32 * warp < S::K;
-    if (active) decay_operands<S>(slot, warp, lane, slope, factor, offset, sum);
-    fence_async();
-    group_sync(group);
-
-    /* [K'; Q'] K^^T, 64 x 32 */
-    float square[16];
-    const uint64_t rows = tile_descriptor(slot + SLICE_K), columns = tile_descriptor(slot + SLICE_G);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < S::K; k += 16) {
-      const uint32_t step = (k / 64 * S::SLICE + k % 64 * 2) / 16;
-      multiply(square, rows + step, columns + step, k > 0);
-    }
-    cute::warpgroup_commit_batch();
-
-    if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
-    if (active) {
-      float *decays = lane < 16 ? to.to_anchor : to.to_end;
-      const float sign = lane < 16 ? -1.0f : 1.0f;
-      *reinterpret_cast<float2 *>(&decays[32 * warp + 2 * (lane & 15)]) =
-          make_float2(exp2_approx(sign * sum[0]), exp2_approx(sign * sum[1]));
-    }
-    {
-      const float least = lane < 16 || !active ? 0 : fminf(sum[0], sum[1]);
-      const int reach = __reduce_max_sync(0xffffffffu, __float_as_int(fmaxf(-least, 0)));
-      if (lane == 0) to.reach[warp] = __int_as_float(reach);
-    }
-    if (warp < 2 && count >= SOLVERS) wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
-    cute::warpgroup_wait<0>();
-    fence(square);
-
-    const int g = lane >> 2, t = 2 * (lane & 3);
-    if (warp < 2) {
-      float largest[2]; /* beta r^2 of the thread's two rows */
-      /* L_ij = -beta_i r_i^2 (K' K^^T)_ij, i > j, r_i^2 from the diagonal: (I + A)^-1 = diag(1/r) (I - L)^-1 diag(r) */
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 16 * warp + g + 8 * h;
-        float squared = 1;
-        if (p.l2norm) {
-          const float even = warp ? square[4 * (2 + h) + 2 * h] : square[4 * h + 2 * h];
-          const float odd = warp ? square[4 * (2 + h) + 2 * h + 1] : square[4 * h + 2 * h + 1];
-          squared = __shfl_sync(0xffffffffu, g & 1 ? odd : even, (lane & ~3) + (g >> 1)) + (float)FKDA_L2NORM_EPS;
-        }
-        const float r = rsqrtf(squared), beta = tokens.beta[i], row = -beta * (r * r);
-        largest[h] = -row;
-        if (t == 0) {
-          to.norm_k[i] = r;
-          to.column[i] = r * beta;
-        }
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const int j = 8 * n + t;
-          if (n < 2 || warp == 1)
-            *reinterpret_cast<float2 *>(&shared.L[count % SOLVERS][i][j]) =
-                make_float2(row * square[4 * n + 2 * h], row * square[4 * n + 2 * h + 1]);
-        }
-      }
-      if (warp == 1) {
-        float cosine = 0; /* times beta: of rows 16-31 with columns 0-15 */
-#pragma unroll
-        for (int i = 0; i < 8; ++i) cosine = fmaxf(cosine, fabsf(square[i]) * largest[i >> 1 & 1]);
-        const bool any = __any_sync(0xffffffffu, cosine > 0.5f);
-        if (lane == 0) to.collinear = any;
-      }
-      arrive_warp(shared.L_full[count % SOLVERS]);
-    } else { /* P = lower(Q' K^^T) */
-      if (warp == 3) {
-        const float scale = (float)p.scale;
-        float squared = (float)FKDA_L2NORM_EPS;
-#pragma unroll
-        for (int slice = 0; slice < S::SLICES; ++slice) squared += tokens.square[slice][lane];
-        to.norm_q[lane] = p.l2norm ? scale * rsqrtf(squared) : scale;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 16 * (warp - 2) + g + 8 * h;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const int j = 8 * n + t;
-          store_shared(address(to.P) + in_square(i, j),
-                       pack(i >= j ? square[4 * n + 2 * h] : 0, i > j ? square[4 * n + 2 * h + 1] : 0));
-        }
-      }
+      group_sync(group); /* q has been read */
+      float sum[2];
+      const bool active = 32 * warp < S::K;
+      if (active) decay_operands<S>(slot, warp, lane, slope, factor, offset, sum);
       fence_async();
+      group_sync(group);
+
+      /* [K'; Q'] K^^T, 64 x 32 */
+      float square[16];
+      const uint64_t rows = tile_descriptor(slot + SLICE_K),
+                     columns = tile_descriptor(slot + SLICE_G);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < S::K; k += 16) {
+        const uint32_t step = (k / 64 * S::SLICE + k % 64 * 2) / 16;
+        multiply(square, rows + step, columns + step, k > 0);
+      }
+      cute::warpgroup_commit_batch();
+
+      if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
+      if (active) {
+        float *decays = lane < 16 ? to.to_anchor : to.to_end;
+        const float sign = lane < 16 ? -1.0f : 1.0f;
+        *reinterpret_cast<float2 *>(&decays[32 * warp + 2 * (lane & 15)]) =
+            make_float2(exp2_approx(sign * sum[0]), exp2_approx(sign * sum[1]));
+      }
+      {
+        const float least = lane < 16 || !active ? 0 : fminf(sum[0], sum[1]);
+        const int reach = __reduce_max_sync(0xffffffffu, __float_as_int(fmaxf(-least, 0)));
+        if (lane == 0) to.reach[warp] = __int_as_float(reach);
+      }
+      if (warp < 2 && count >= SOLVERS)
+        wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
+      cute::warpgroup_wait<0>();
+      fence(square);
+
+      const int g = lane >> 2, t = 2 * (lane & 3);
+      if (warp < 2) {
+        float largest[2]; /* beta r^2 of the thread's two rows */
+        /* L_ij = -beta_i r_i^2 (K' K^^T)_ij, i > j, r_i^2 from the diagonal: (I + A)^-1 = diag(1/r) (I - L)^-1 diag(r) */
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 16 * warp + g + 8 * h;
+          float squared = 1;
+          if (p.l2norm) {
+            const float even = warp ? square[4 * (2 + h) + 2 * h] : square[4 * h + 2 * h];
+            const float odd = warp ? square[4 * (2 + h) + 2 * h + 1] : square[4 * h + 2 * h + 1];
+            squared = __shfl_sync(0xffffffffu, g & 1 ? odd : even, (lane & ~3) + (g >> 1)) +
+                      (float)FKDA_L2NORM_EPS;
+          }
+          const float r = rsqrtf(squared), beta = tokens.beta[i], row = -beta * (r * r);
+          largest[h] = -row;
+          if (t == 0) {
+            to.norm_k[i] = r;
+            to.column[i] = r * beta;
+          }
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            const int j = 8 * n + t;
+            if (n < 2 || warp == 1)
+              *reinterpret_cast<float2 *>(&shared.L[count % SOLVERS][i][j]) =
+                  make_float2(row * square[4 * n + 2 * h], row * square[4 * n + 2 * h + 1]);
+          }
+        }
+        if (warp == 1) {
+          float cosine = 0; /* times beta: of rows 16-31 with columns 0-15 */
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            cosine = fmaxf(cosine, fabsf(square[i]) * largest[i >> 1 & 1]);
+          const bool any = __any_sync(0xffffffffu, cosine > 0.5f);
+          if (lane == 0) to.collinear = any;
+        }
+        arrive_warp(shared.L_full[count % SOLVERS]);
+      } else { /* P = lower(Q' K^^T) */
+        if (warp == 3) {
+          const float scale = (float)p.scale;
+          float squared = (float)FKDA_L2NORM_EPS;
+#pragma unroll
+          for (int slice = 0; slice < S::SLICES; ++slice) squared += tokens.square[slice][lane];
+          to.norm_q[lane] = p.l2norm ? scale * rsqrtf(squared) : scale;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 16 * (warp - 2) + g + 8 * h;
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            const int j = 8 * n + t;
+            store_shared(
+                address(to.P) + in_square(i, j),
+                pack(i >= j ? square[4 * n + 2 * h] : 0, i > j ? square[4 * n + 2 * h + 1] : 0));
+          }
+        }
+        fence_async();
+      }
+      arrive_warp(shared.handover_full[out.stage]);
     }
-    arrive_warp(shared.handover_full[out.stage]);
-  }
-  chunk -= task.chunks;
+    chunk -= task.chunks;
   });
 }
 

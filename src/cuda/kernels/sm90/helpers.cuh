@@ -12,13 +12,15 @@ namespace fkda {
 __device__ __forceinline__ void load_box(const fkda_tensor_map &map, const Barrier &full, void *to,
                                          int channel, int64_t token, int head, int64_t b) {
   const uint64_t once = 0x12F0000000000000; /* cache hint: evict first */
-  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t *>(const_cast<Barrier *>(&full)), once, to,
-                               channel, (int32_t)token, head, (int32_t)b);
+  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t *>(const_cast<Barrier *>(&full)),
+                               once, to, channel, (int32_t)token, head, (int32_t)b);
 }
 
 /* ---- the loader: one warp that publishes tasks and copies their q, k and g in ------------------------------ */
 
-__device__ __forceinline__ bool is_sorted(const fkda_problem &p) { return p.cu_seqlens.data && p.N <= MAX_SORTED; }
+__device__ __forceinline__ bool is_sorted(const fkda_problem &p) {
+  return p.cu_seqlens.data && p.N <= MAX_SORTED;
+}
 
 /* The block's i-th task; n < 0 if there is none. Tasks are dealt to blocks back and forth, longest first. */
 template <class S>
@@ -84,10 +86,12 @@ template <class S>
 struct ValueMover {
   const fkda_sm90_params &params;
   Shared<S> &shared;
-  int in_task = -1, in_chunk = 0, in_count = 0, in_chunks = 0; /* the next v to load, among all of the block */
-  int out_count = 0;                                           /* chunks whose o is on its way */
+  int in_task = -1, in_chunk = 0, in_count = 0,
+      in_chunks = 0; /* the next v to load, among all of the block */
+  int out_count = 0; /* chunks whose o is on its way */
 
-  __device__ ValueMover(const fkda_sm90_params &params, Shared<S> &shared) : params(params), shared(shared) {}
+  __device__ ValueMover(const fkda_sm90_params &params, Shared<S> &shared)
+      : params(params), shared(shared) {}
 
   /* Loads v for every place that is free: all but the last store have been read. Goes on to tasks that are
    * published, and waits for none. */
@@ -122,7 +126,8 @@ struct ValueMover {
 #pragma unroll
         for (int i = 0; i < S::STATE_GROUPS; ++i)
           cute::SM90_TMA_STORE_4D::copy(&params.out, tiles + i * TILE, task.v_begin + 64 * i,
-                                        (int32_t)(task.begin + chunk * CHUNK), task.head, (int32_t)task.b);
+                                        (int32_t)(task.begin + chunk * CHUNK), task.head,
+                                        (int32_t)task.b);
       }
     } else { /* the rows behind belong to another sequence */
       const fkda_rows &rows = params.problem.out;
@@ -132,7 +137,8 @@ struct ValueMover {
       for (int i = fresh_lane(); i < left * (S::V / 8); i += 32) {
         const int row = i / (S::V / 8), piece = i % (S::V / 8);
         *reinterpret_cast<uint4 *>(to + row * rows.stride_t + piece * 8) =
-            *reinterpret_cast<const uint4 *>(tiles + piece / 8 * TILE + in_tile(row, piece % 8 * 8));
+            *reinterpret_cast<const uint4 *>(tiles + piece / 8 * TILE +
+                                             in_tile(row, piece % 8 * 8));
       }
       __syncwarp();
     }

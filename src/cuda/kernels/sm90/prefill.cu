@@ -1,6 +1,7 @@
 /* Hopper prefill: wgmma, the tensor copy engine and mbarriers; sm_90a.
  *
- * A task is one sequence, value head and 64 or 128 value columns; a block does one after the other. docs/kernels/prefill_sm90.md draws its schedule.
+ * A task is one sequence, value head and 64 or 128 value columns; a block does one after the other.
+ * docs/kernels/prefill_sm90.md draws its schedule.
  *
  *   helper group    a warp deals out tasks and copies q, k, g in; one copies v in and o out; two invert I + A
  *   factor groups   two or three warpgroups on alternate chunks of 32 tokens: norms (1), gates (2), decayed
@@ -47,9 +48,9 @@ __device__ __noinline__ void sort_sequences(const fkda_problem &p, Shared<S> &sh
 template <class S>
 __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   extern __shared__ __align__(1024) char memory[];
-  Shared<S> &shared =
-      *reinterpret_cast<Shared<S> *>(memory + (-address(memory) & (ALIGNMENT - 1)));
-  static_assert(sizeof(shared.slots[0]) % ALIGNMENT == 0 && sizeof(shared.handover[0]) % 512 == 0, "alignment");
+  Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory + (-address(memory) & (ALIGNMENT - 1)));
+  static_assert(sizeof(shared.slots[0]) % ALIGNMENT == 0 && sizeof(shared.handover[0]) % 512 == 0,
+                "alignment");
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::SLOTS; ++i) {
       shared.slot_full[i].init(1);
@@ -74,7 +75,8 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
     cutlass::arch::fence_barrier_init();
     fence_async();
   }
-  for (int i = threadIdx.x; i < S::HANDOVERS * 2 * SQUARE / 16; i += S::THREADS) { /* above T's diagonal */
+  for (int i = threadIdx.x; i < S::HANDOVERS * 2 * SQUARE / 16;
+       i += S::THREADS) { /* above T's diagonal */
     typename Shared<S>::Handover &to = shared.handover[i / (2 * SQUARE / 16)];
     reinterpret_cast<uint4 *>(to.T_high)[i % (2 * SQUARE / 16)] = make_uint4(0, 0, 0, 0);
   }
@@ -95,13 +97,13 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
 
 }  // namespace fkda
 
-#define FKDA_ENTRY(K, part, dtype, suffix)                                                      \
-  extern "C" __global__ void __launch_bounds__(FKDA_SM90_PREFILL_THREADS, 1)                     \
-      fkda_sm90_prefill_k##K##_v##part##suffix(const __grid_constant__ fkda_sm90_params params) { \
-    using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2>;                                                  \
-    static_assert(S::THREADS == FKDA_SM90_PREFILL_THREADS, "threads");                           \
-    static_assert(sizeof(fkda::Shared<S>) + fkda::ALIGNMENT <= FKDA_SM90_PREFILL_SHARED,         \
-                  "shared memory");                                                              \
-    fkda::prefill<S>(params);                                                                    \
+#define FKDA_ENTRY(K, part, dtype, suffix)                                                         \
+  extern "C" __global__ void __launch_bounds__(FKDA_SM90_PREFILL_THREADS, 1)                       \
+      fkda_sm90_prefill_k##K##_v##part##suffix(const __grid_constant__ fkda_sm90_params params) {  \
+    using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2>;                                     \
+    static_assert(S::THREADS == FKDA_SM90_PREFILL_THREADS, "threads");                             \
+    static_assert(sizeof(fkda::Shared<S>) + fkda::ALIGNMENT <= FKDA_SM90_PREFILL_SHARED,           \
+                  "shared memory");                                                                \
+    fkda::prefill<S>(params);                                                                      \
   }
 FKDA_SM90_PREFILL_LIST(FKDA_ENTRY)

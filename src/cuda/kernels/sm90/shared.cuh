@@ -4,7 +4,6 @@
  *   slots     SLOTS   copy engine: q k g   a factor group in place, then state groups
  *   values    VALUES  copy engine: v       state groups, which leave o there for the copy engine
  *   handover  HANDOVERS factor groups      state groups
- *
  *   tasks     TASKS   the loader           everybody else
  *
  * Every stage of a ring has an mbarrier for "full" and one for "free"; the n-th use of a stage waits for
@@ -22,9 +21,11 @@
 namespace fkda {
 
 constexpr int CHUNK = FKDA_SM90_CHUNK;
-constexpr int HALF = CHUNK / 2;                        /* tokens on either side of the anchor */
-constexpr int TILE = CHUNK * FKDA_SM90_BOX_BYTES;      /* 32 tokens of 64 channels, swizzled by 128 bytes */
-constexpr int SQUARE = CHUNK * CHUNK * (int)sizeof(bf16); /* 32 rows of 64 bytes, swizzled by 64 bytes */
+constexpr int HALF = CHUNK / 2; /* tokens on either side of the anchor */
+constexpr int TILE =
+    CHUNK * FKDA_SM90_BOX_BYTES; /* 32 tokens of 64 channels, swizzled by 128 bytes */
+constexpr int SQUARE =
+    CHUNK * CHUNK * (int)sizeof(bf16); /* 32 rows of 64 bytes, swizzled by 64 bytes */
 
 constexpr int TASKS = 8;
 constexpr int MAX_SORTED = 1024; /* sequences; more are taken as they come */
@@ -35,21 +36,23 @@ constexpr int SOLVERS = 2; /* warps, on alternate chunks */
 
 template <int K_, int V_, int GATE_BYTES_>
 struct Shape {
-  static constexpr int K = K_, V = V_;                /* V: value columns of the block */
-  static constexpr int GATE_BYTES = GATE_BYTES_;      /* of an element of g: 2 or 4 */
-  static constexpr int STATE_GROUPS = V / 64; /* warpgroups */
+  static constexpr int K = K_, V = V_;           /* V: value columns of the block */
+  static constexpr int GATE_BYTES = GATE_BYTES_; /* of an element of g: 2 or 4 */
+  static constexpr int STATE_GROUPS = V / 64;    /* warpgroups */
   static constexpr int FACTOR_GROUPS = STATE_GROUPS == 2 ? 2 : 3;
   static constexpr int THREADS = 128 * (STATE_GROUPS + FACTOR_GROUPS + 1);
   static constexpr int FIRST_FACTOR = 128 * STATE_GROUPS;
   static constexpr int FIRST_HELPER = FIRST_FACTOR + 128 * FACTOR_GROUPS;
   static constexpr int STATE_WARPS = 4 * STATE_GROUPS;
-  static constexpr int CONSUMER_WARPS = STATE_WARPS + 4 * FACTOR_GROUPS + SOLVERS + 1; /* of tasks */
-  static constexpr int SLOTS = GATE_BYTES == 2 || K == 64 ? 6 : 4, VALUES = SLOTS / 2, HANDOVERS = SLOTS / 2;
-  static constexpr int SLICES = K / 64;      /* of 64 channels: tiles of k, q, g one after the other */
+  static constexpr int CONSUMER_WARPS =
+      STATE_WARPS + 4 * FACTOR_GROUPS + SOLVERS + 1; /* of tasks */
+  static constexpr int SLOTS = GATE_BYTES == 2 || K == 64 ? 6 : 4, VALUES = SLOTS / 2,
+                       HANDOVERS = SLOTS / 2;
+  static constexpr int SLICES = K / 64; /* of 64 channels: tiles of k, q, g one after the other */
   static constexpr int SLICE = GATE_BYTES == 2 ? 3 * TILE : 5 * TILE;
   static constexpr int SLOT = SLICES * SLICE;
   static constexpr int VALUE = STATE_GROUPS * TILE;
-  /* setmaxnreg: the sum over warpgroups is at most their number times what a thread starts with, 96 or 128 */
+  /* setmaxnreg shares out what the block was launched with: the sum over its five warpgroups is at most 5 * 96. */
   static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 136 : 160) : 184;
   static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 80 : 56) : 80;
   static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? 48 : 56;
@@ -70,12 +73,12 @@ struct Shared {
     float column[CHUNK];                 /* r beta */
     float reach[4];                      /* of each factor warp: the largest exponent of K^, log2 */
     uint32_t collinear;                  /* are keys of the two halves nearly parallel? */
-    float guard;                         /* a v of more than |guard| may overflow; negative: collinear */
-    float unused[26];                    /* squares begin at multiples of 512 bytes */
+    float guard;      /* a v of more than |guard| may overflow; negative: collinear */
+    float unused[26]; /* squares begin at multiples of 512 bytes */
   };
-  struct Tokens {                /* of a factor group: */
+  struct Tokens {                   /* of a factor group: */
     float square[S::SLICES][CHUNK]; /* each slice's part of |q|^2 */
-    float beta[CHUNK];           /* (3) */
+    float beta[CHUNK];              /* (3) */
   };
   char slots[S::SLOTS][S::SLOT];
   char values[S::VALUES][S::VALUE];
@@ -87,10 +90,9 @@ struct Shared {
   Barrier value_full[S::VALUES], value_out[S::VALUES];
   Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
   Barrier task_full[TASKS], task_free[TASKS];
-  Task tasks[TASKS]; /* n < 0: there is none any more */
+  Task tasks[TASKS];          /* n < 0: there is none any more */
   uint16_t order[MAX_SORTED]; /* sequences, longest first */
 };
-
 
 /* The place in a ring: stage, and the parity that tells its uses apart. */
 template <int STAGES>
@@ -166,25 +168,14 @@ __device__ __forceinline__ void load_matrices(uint32_t at, uint32_t (&r)[4]) {
 __device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
-__device__ __forceinline__ void store_shared(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
+                                             uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
 
 /* Tells the compiler that a warp has one value: addresses of tensor operands then live in uniform registers. */
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
-/* The lane or warp, opaque: what is computed from it is made anew where it is needed, not held in a register. */
-__device__ __forceinline__ int fresh_lane() {
-  int lane = threadIdx.x & 31;
-  asm volatile("" : "+r"(lane));
-  return lane;
-}
-__device__ __forceinline__ int fresh_warp() {
-  int warp = threadIdx.x / 32;
-  asm volatile("" : "+r"(warp));
-  return warp;
-}
 
 /* Byte offsets of element (row, column) of bf16. */
 __device__ __forceinline__ int in_tile(int row, int column) {

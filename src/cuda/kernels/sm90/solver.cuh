@@ -19,16 +19,17 @@ struct Split {
   __device__ __forceinline__ void clear(int i) { high[i] = low[i] = 0; }
 };
 
-__device__ __forceinline__ void multiply_split(float (&d)[4], const Split<4> &a, const Split<2> &b) {
+__device__ __forceinline__ void multiply_split(float (&d)[4], const Split<4> &a,
+                                               const Split<2> &b) {
   using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
   float e[4] = {0, 0, 0, 0};
   d[0] = d[1] = d[2] = d[3] = 0;
-  Mma::fma(e[0], e[1], e[2], e[3], a.low[0], a.low[1], a.low[2], a.low[3], b.high[0], b.high[1], e[0], e[1],
-           e[2], e[3]);
-  Mma::fma(d[0], d[1], d[2], d[3], a.high[0], a.high[1], a.high[2], a.high[3], b.high[0], b.high[1], d[0], d[1],
-           d[2], d[3]);
-  Mma::fma(e[0], e[1], e[2], e[3], a.high[0], a.high[1], a.high[2], a.high[3], b.low[0], b.low[1], e[0], e[1],
-           e[2], e[3]);
+  Mma::fma(e[0], e[1], e[2], e[3], a.low[0], a.low[1], a.low[2], a.low[3], b.high[0], b.high[1],
+           e[0], e[1], e[2], e[3]);
+  Mma::fma(d[0], d[1], d[2], d[3], a.high[0], a.high[1], a.high[2], a.high[3], b.high[0], b.high[1],
+           d[0], d[1], d[2], d[3]);
+  Mma::fma(e[0], e[1], e[2], e[3], a.high[0], a.high[1], a.high[2], a.high[3], b.low[0], b.low[1],
+           e[0], e[1], e[2], e[3]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] += e[i];
 }
@@ -39,11 +40,13 @@ __device__ __forceinline__ void multiply_split(float (&d)[4], const Split<4> &a,
 template <class H>
 __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int lane) {
   const uint32_t T_high = address(to.T_high), T_low = address(to.T_low);
-  const auto store_pair = [&](int i, int j, float a, float b) { /* T[i][j], T[i + 1][j] */
-    const float scale = to.column[j];
-    const uint32_t high = pack(a * scale, b * scale);
-    store_shared(T_high + in_square(j, i), high);
-    store_shared(T_low + in_square(j, i), pack_rest(a * scale, b * scale, high));
+  const auto store_pair = [&](int i, int j, float a,
+                              float b) { /* T[i][j], T[i + 1][j] */
+                                         const float scale = to.column[j];
+                                         const uint32_t high = pack(a * scale, b * scale);
+                                         store_shared(T_high + in_square(j, i), high);
+                                         store_shared(T_low + in_square(j, i),
+                                                      pack_rest(a * scale, b * scale, high));
   };
   {
     const int block = lane & 24, c = lane & 7;
@@ -63,7 +66,8 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 8; i += 4)
-      *reinterpret_cast<float4 *>(&L[lane][block + i]) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+      *reinterpret_cast<float4 *>(&L[lane][block + i]) =
+          make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
     const float scale = to.column[lane];
     uint32_t high[4], low[4];
 #pragma unroll
@@ -77,7 +81,9 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
   }
   __syncwarp();
   const int g = lane >> 2, t = 2 * (lane & 3);
-  const auto pair_at = [&](int row, int column) { return *reinterpret_cast<const float2 *>(&L[row][column]); };
+  const auto pair_at = [&](int row, int column) {
+    return *reinterpret_cast<const float2 *>(&L[row][column]);
+  };
   { /* two pairs of 8 at once: the one in rows and k 0-7 of the product, the other in 8-15 */
     Split<4> a;
     Split<2> b;
@@ -85,7 +91,8 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     float y[4];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const float2 T11 = pair_at(16 * pair + g, 16 * pair + t), L21 = pair_at(16 * pair + 8 + g, 16 * pair + t);
+      const float2 T11 = pair_at(16 * pair + g, 16 * pair + t),
+                   L21 = pair_at(16 * pair + 8 + g, 16 * pair + t);
       a.set(3 * pair, T11.x, T11.y);
       b.set(pair, L21.x, L21.y);
     }
@@ -143,7 +150,7 @@ template <class S>
 __device__ void solve(Shared<S> &shared, int solver) {
   Ring<S::SLOTS> ring;
   ring.next(solver);
-  int chunk = solver;   /* of its task; may lie beyond it, in the next */
+  int chunk = solver; /* of its task; may lie beyond it, in the next */
   uint32_t parity = 0;
   each_task(shared, [&](const Task &task) {
 #pragma unroll 1
@@ -156,7 +163,8 @@ __device__ void solve(Shared<S> &shared, int solver) {
       if (lane == 0) {
         const float4 reach = *reinterpret_cast<const float4 *>(to.reach);
         const float most = fmaxf(fmaxf(reach.x, reach.y), fmaxf(reach.z, reach.w));
-        const float limit = exp2_approx(fminf(108 - most, 100)); /* U is less than 2^12 times the largest v */
+        const float limit =
+            exp2_approx(fminf(108 - most, 100)); /* U is less than 2^12 times the largest v */
         to.guard = to.collinear ? -limit : limit;
       }
       fence_async();

@@ -35,217 +35,225 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
   int matrix_at;
   {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    matrix_at = warp / 4 * TILE + in_tile((lane & 7) + ((lane >> 4) << 3), 16 * (warp & 3) + (lane & 8));
+    matrix_at =
+        warp / 4 * TILE + in_tile((lane & 7) + ((lane >> 4) << 3), 16 * (warp & 3) + (lane & 8));
   }
   static_assert(S::VALUES == S::SLOTS / 2 && S::HANDOVERS == S::SLOTS / 2, "one ring for three");
   Ring<S::SLOTS> ring;
   each_task(shared, [&](const Task &task) {
-  const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
-  float s[K / 2];
-  if (task.load_initial)
-    Rows::load(s, p.initial, p.layout,
-               task.initial_slot * p.initial.stride_slot + task.head * p.initial.stride_head, first_column());
-  else
+    const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
+    float s[K / 2];
+    if (task.load_initial)
+      Rows::load(s, p.initial, p.layout,
+                 task.initial_slot * p.initial.stride_slot + task.head * p.initial.stride_head,
+                 first_column());
+    else
 #pragma unroll
-    for (int i = 0; i < K / 2; ++i) s[i] = 0;
-  __nv_bfloat162 seen = __float2bfloat162_rn(0); /* the largest |v| so far, and |S| at first */
-  if (S::STATE_GROUPS == 1) {
-    float most = 0;
+      for (int i = 0; i < K / 2; ++i) s[i] = 0;
+    __nv_bfloat162 seen = __float2bfloat162_rn(0); /* the largest |v| so far, and |S| at first */
+    if (S::STATE_GROUPS == 1) {
+      float most = 0;
 #pragma unroll
-    for (int i = 0; i < K / 2; ++i) most = fmaxf(most, fabsf(s[i]));
-    seen = __float2bfloat162_rn(most);
-  }
-  Checkpoints checkpoints(p);
-  const auto put = [&](const fkda_states &to, int64_t offset) {
-    Rows::store(s, to, p.layout, offset, first_column());
-  };
+      for (int i = 0; i < K / 2; ++i) most = fmaxf(most, fabsf(s[i]));
+      seen = __float2bfloat162_rn(most);
+    }
+    Checkpoints checkpoints(p);
+    const auto put = [&](const fkda_states &to, int64_t offset) {
+      Rows::store(s, to, p.layout, offset, first_column());
+    };
 
 #pragma unroll 1
-  for (int chunk = 0;; ++chunk, ring.next()) {
-    const int done = chunk < task.chunks ? chunk * CHUNK : task.length;
-    if (checkpoints.due(done, chunk == task.chunks))
-      checkpoints.visit(p, task, done, chunk == task.chunks, put);
-    if (chunk == task.chunks) break;
-    const int lane = fresh_lane();
-    Ring<S::SLOTS / 2> in = half_of(ring);
-    in.stage = uniform(in.stage);
-    const typename Shared<S>::Handover &f = shared.handover[in.stage];
-    const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
-    char *tile = shared.values[in.stage] + matrix_at;
-    const int left = task.length - done;
-    wait(shared.handover_full[in.stage], in.parity);
-    const float guard = f.guard;
+    for (int chunk = 0;; ++chunk, ring.next()) {
+      const int done = chunk < task.chunks ? chunk * CHUNK : task.length;
+      if (checkpoints.due(done, chunk == task.chunks))
+        checkpoints.visit(p, task, done, chunk == task.chunks, put);
+      if (chunk == task.chunks) break;
+      const int lane = fresh_lane();
+      Ring<S::SLOTS / 2> in = half_of(ring);
+      in.stage = uniform(in.stage);
+      const typename Shared<S>::Handover &f = shared.handover[in.stage];
+      const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+      char *tile = shared.values[in.stage] + matrix_at;
+      const int left = task.length - done;
+      wait(shared.handover_full[in.stage], in.parity);
+      const float guard = f.guard;
 
-    /* S1 = S e^m, as operand */
-    uint32_t a[K / 4];
-    decay_state<K>(s, f.to_anchor, lane);
+      /* S1 = S e^m, as operand */
+      uint32_t a[K / 4];
+      decay_state<K>(s, f.to_anchor, lane);
 #pragma unroll
-    for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
-    float x[16], o[16];
-    const uint64_t K_rows = tile_descriptor(slot + SLICE_K);
-    fence(a);
-    cute::warpgroup_arrive();
+      for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
+      float x[16], o[16];
+      const uint64_t K_rows = tile_descriptor(slot + SLICE_K);
+      fence(a);
+      cute::warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < K; k += 16)
-      multiply<Major::K>(x, a + k / 4, K_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
-    cute::warpgroup_commit_batch();
+      for (int k = 0; k < K; k += 16)
+        multiply<Major::K>(x, a + k / 4, K_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
+      cute::warpgroup_commit_batch();
 #pragma unroll
-    for (int k = 0; k < K; k += 16)
-      multiply<Major::K>(o, a + k / 4, K_rows + (k / 64 * S::SLICE + SLICE_Q + k % 64 * 2) / 16, k > 0);
-    cute::warpgroup_commit_batch();
+      for (int k = 0; k < K; k += 16)
+        multiply<Major::K>(o, a + k / 4, K_rows + (k / 64 * S::SLICE + SLICE_Q + k % 64 * 2) / 16,
+                           k > 0);
+      cute::warpgroup_commit_batch();
 
-    /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
-    uint32_t w[8], w_low[8];
-    const auto load_v = [&](int i) {
-      cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)),
-                                    w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
-      if (left < CHUNK) /* nothing of what lies behind the sequence */
+      /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
+      uint32_t w[8], w_low[8];
+      const auto load_v = [&](int i) {
+        cute::SM75_U16x8_LDSM_T::copy(
+            *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
+            w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+        if (left < CHUNK) /* nothing of what lies behind the sequence */
 #pragma unroll
-        for (int n = 2 * i; n < 2 * i + 2; ++n) {
-          const int j = 8 * n + 2 * (lane & 3);
-          const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
-          w[2 * n] &= mask, w[2 * n + 1] &= mask;
-        }
-      if (S::STATE_GROUPS == 1)
+          for (int n = 2 * i; n < 2 * i + 2; ++n) {
+            const int j = 8 * n + 2 * (lane & 3);
+            const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
+            w[2 * n] &= mask, w[2 * n + 1] &= mask;
+          }
+        if (S::STATE_GROUPS == 1)
 #pragma unroll
-        for (int n = 4 * i; n < 4 * i + 4; ++n)
-          seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
-    };
-    wait(shared.value_full[in.stage], in.parity);
-    load_v(0);
-    if (S::STATE_GROUPS == 1) load_v(1);
-    if (S::STATE_GROUPS == 1) { /* alone: Q' goes on meanwhile. Two groups lack the registers, and have each other */
-      cute::warpgroup_wait<1>();
-    } else {
-      cute::warpgroup_wait<0>();
-      fence(o);
-    }
-    fence(x);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      if (S::STATE_GROUPS == 2 && n == 2) load_v(1);
-      const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t v = w[2 * n + h];
-        const float w0 = fmaf(-r.x, x[4 * n + 2 * h], low_of(v));
-        const float w1 = fmaf(-r.y, x[4 * n + 2 * h + 1], high_of(v));
-        w[2 * n + h] = pack(w0, w1);
-        w_low[2 * n + h] = pack_rest(w0, w1, w[2 * n + h]);
+          for (int n = 4 * i; n < 4 * i + 4; ++n)
+            seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
+      };
+      wait(shared.value_full[in.stage], in.parity);
+      load_v(0);
+      if (S::STATE_GROUPS == 1) load_v(1);
+      if (S::STATE_GROUPS ==
+          1) { /* alone: Q' goes on meanwhile. Two groups lack the registers, and have each other */
+        cute::warpgroup_wait<1>();
+      } else {
+        cute::warpgroup_wait<0>();
+        fence(o);
       }
-    }
-    /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
-    const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
-    fence(w);
-    fence(w_low);
-    cute::warpgroup_arrive();
-    multiply<Major::MN>(x, w_low, T_high, false);
-    multiply<Major::MN>(x, w_low + 4, T_high + 64, true);
-    multiply<Major::MN>(x, w, T_low, true);
-    multiply<Major::MN>(x, w + 4, T_low + 64, true);
-    multiply<Major::MN>(x, w, T_high, true);
-    multiply<Major::MN>(x, w + 4, T_high + 64, true);
-    cute::warpgroup_commit_batch();
-    /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
+      fence(x);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        if (S::STATE_GROUPS == 2 && n == 2) load_v(1);
+        const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t v = w[2 * n + h];
+          const float w0 = fmaf(-r.x, x[4 * n + 2 * h], low_of(v));
+          const float w1 = fmaf(-r.y, x[4 * n + 2 * h + 1], high_of(v));
+          w[2 * n + h] = pack(w0, w1);
+          w_low[2 * n + h] = pack_rest(w0, w1, w[2 * n + h]);
+        }
+      }
+      /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
+      const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
+      fence(w);
+      fence(w_low);
+      cute::warpgroup_arrive();
+      multiply<Major::MN>(x, w_low, T_high, false);
+      multiply<Major::MN>(x, w_low + 4, T_high + 64, true);
+      multiply<Major::MN>(x, w, T_low, true);
+      multiply<Major::MN>(x, w + 4, T_low + 64, true);
+      multiply<Major::MN>(x, w, T_high, true);
+      multiply<Major::MN>(x, w + 4, T_high + 64, true);
+      cute::warpgroup_commit_batch();
+      /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
      * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
      * remember it, and look at W. */
-    bool huge;
-    if (S::STATE_GROUPS == 1) {
-      huge = __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
-    } else {
-      __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
+      bool huge;
+      if (S::STATE_GROUPS == 1) {
+        huge = __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
+      } else {
+        __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
 #pragma unroll
-      for (int i = 1; i < 8; ++i)
-        largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
-      huge = __any_sync(0xffffffffu, fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
-    }
-    cute::warpgroup_wait<0>();
-    fence(x);
-    if (huge) {
-      scale_in_place(x, 0x1p-96f);
-      scale_in_place(o, 0x1p-96f);
-      scale_in_place(s, 0x1p-96f);
-    }
-    uint32_t u[8];
+        for (int i = 1; i < 8; ++i)
+          largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
+        huge = __any_sync(0xffffffffu,
+                          fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
+      }
+      cute::warpgroup_wait<0>();
+      fence(x);
+      if (huge) {
+        scale_in_place(x, 0x1p-96f);
+        scale_in_place(o, 0x1p-96f);
+        scale_in_place(s, 0x1p-96f);
+      }
+      uint32_t u[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
-    /* A checkpoint after the chunk's first half: S1 without the second half is the state there. */
-    const bool halfway = checkpoints.next == done + HALF && done + HALF < task.length;
-    uint32_t u_second[4];
+      for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
+      /* A checkpoint after the chunk's first half: S1 without the second half is the state there. */
+      const bool halfway = checkpoints.next == done + HALF && done + HALF < task.length;
+      uint32_t u_second[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
-    /* Nearly parallel keys: what U loses by rounding adds up in S, so that its rest follows. */
-    uint32_t rest[8];
+      for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
+      /* Nearly parallel keys: what U loses by rounding adds up in S, so that its rest follows. */
+      uint32_t rest[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) rest[i] = 0;
-    if (guard < 0)
+      for (int i = 0; i < 8; ++i) rest[i] = 0;
+      if (guard < 0)
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < 4 || !halfway) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
+        for (int i = 0; i < 8; ++i)
+          if (i < 4 || !halfway) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
 
-    /* (11) O += U P^T, (12) S += U K^ */
-    const uint64_t P = T_high + 2 * SQUARE / 16;
-    fence(u);
-    fence(u_second);
-    fence(rest);
-    fence(o);
-    fence(s);
-    cute::warpgroup_arrive();
-    multiply<Major::K>(o, u, P, true);
-    multiply<Major::K>(o, u + 4, P + 2, true);
-    cute::warpgroup_commit_batch();
-    const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
-    const uint64_t K_second = K_first + HALF * 128 / 16;
-    multiply<Major::MN>(s, u, K_first, true);
-    multiply<Major::MN>(s, u_second, K_second, true);
-    cute::warpgroup_commit_batch();
-    if (guard < 0) {
-      cute::warpgroup_arrive();
-      multiply<Major::MN>(s, rest, K_first, true);
-      multiply<Major::MN>(s, rest + 4, K_second, true);
-      cute::warpgroup_commit_batch();
-    }
-    cute::warpgroup_wait<1>();
-    fence(o);
-    uint32_t out[8];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
-      if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
-      out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
-      out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      cute::SM90_U16x8_STSM_T::copy(
-          out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
-          *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
-    fence_async();
-    arrive_warp(shared.value_out[in.stage]);
-    cute::warpgroup_wait<0>();
-    fence(s);
-    if (halfway) {
-      const float factor = (huge ? 0x1p96f : 1.0f) * exp2_approx(SHIFT);
-      scale_in_place(s, factor);
-      checkpoints.visit(p, task, done + HALF, false, put);
-      scale_in_place(s, 1 / factor);
-      uint32_t second[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
-      fence(second);
+      /* (11) O += U P^T, (12) S += U K^ */
+      const uint64_t P = T_high + 2 * SQUARE / 16;
+      fence(u);
+      fence(u_second);
+      fence(rest);
+      fence(o);
       fence(s);
       cute::warpgroup_arrive();
-      const uint32_t again = address(shared.slots[uniform(ring.stage)]); /* not worth a register until here */
-      multiply<Major::MN>(s, second, tile_descriptor(again + SLICE_G + HALF * 128, S::SLICE), true);
+      multiply<Major::K>(o, u, P, true);
+      multiply<Major::K>(o, u + 4, P + 2, true);
       cute::warpgroup_commit_batch();
+      const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
+      const uint64_t K_second = K_first + HALF * 128 / 16;
+      multiply<Major::MN>(s, u, K_first, true);
+      multiply<Major::MN>(s, u_second, K_second, true);
+      cute::warpgroup_commit_batch();
+      if (guard < 0) {
+        cute::warpgroup_arrive();
+        multiply<Major::MN>(s, rest, K_first, true);
+        multiply<Major::MN>(s, rest + 4, K_second, true);
+        cute::warpgroup_commit_batch();
+      }
+      cute::warpgroup_wait<1>();
+      fence(o);
+      uint32_t out[8];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
+        if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
+        out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
+        out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        cute::SM90_U16x8_STSM_T::copy(
+            out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
+            *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
+      fence_async();
+      arrive_warp(shared.value_out[in.stage]);
       cute::warpgroup_wait<0>();
       fence(s);
+      if (halfway) {
+        const float factor = (huge ? 0x1p96f : 1.0f) * exp2_approx(SHIFT);
+        scale_in_place(s, factor);
+        checkpoints.visit(p, task, done + HALF, false, put);
+        scale_in_place(s, 1 / factor);
+        uint32_t second[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
+        fence(second);
+        fence(s);
+        cute::warpgroup_arrive();
+        const uint32_t again =
+            address(shared.slots[uniform(ring.stage)]); /* not worth a register until here */
+        multiply<Major::MN>(s, second, tile_descriptor(again + SLICE_G + HALF * 128, S::SLICE),
+                            true);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+        fence(s);
+      }
+      arrive_warp(shared.slot_free[ring.stage]);
+      decay_state<K>(s, f.to_end, lane);
+      if (huge) scale_in_place(s, 0x1p96f);
+      arrive_warp(shared.handover_free[in.stage]);
     }
-    arrive_warp(shared.slot_free[ring.stage]);
-    decay_state<K>(s, f.to_end, lane);
-    if (huge) scale_in_place(s, 0x1p96f);
-    arrive_warp(shared.handover_free[in.stage]);
-  }
   });
 }
 
