@@ -13,11 +13,12 @@ static const fkda_cuda_capabilities capabilities = {90, 90};
 /* ---- the kernels ------------------------------------------------------------------------------------ */
 
 #define IMAGE "sm90/prefill"
-#define KERNEL(K, part, gate_dtype, suffix) {IMAGE, "fkda_sm90_prefill_k" #K "_v" #part #suffix},
-#define SHAPE(K, part, gate_dtype, suffix) {K, part, gate_dtype},
+#define KERNEL(K, part, gate_dtype, bounded, suffix)                                               \
+  {IMAGE, "fkda_sm90_prefill_k" #K "_v" #part #suffix},
+#define SHAPE(K, part, gate_dtype, bounded, suffix) {K, part, gate_dtype, bounded},
 
 static const fkda_cuda_kernel table[] = {FKDA_SM90_PREFILL_LIST(KERNEL)};
-static const struct { int32_t K, part, gate_dtype; } shapes[] = {FKDA_SM90_PREFILL_LIST(SHAPE)};
+static const struct { int32_t K, part, gate_dtype, bounded; } shapes[] = {FKDA_SM90_PREFILL_LIST(SHAPE)};
 
 #define KERNELS ((int32_t)(sizeof table / sizeof table[0]))
 
@@ -29,9 +30,12 @@ static int32_t shared_of(int32_t kernel) {
 static fkda_cuda_kernels kernels = {.kernels = table, .count = KERNELS, .shared = shared_of};
 
 /* supports() and plan() let nothing come here that has no kernel. */
-static int32_t kernel_of(int64_t K, int64_t part, int32_t gate_dtype) {
+static int32_t kernel_of(const fkda_problem *p, int64_t part) {
+  const bool bounded = p->gate == FKDA_GATE_BOUNDED;
   int32_t i = 0;
-  while (shapes[i].K != K || shapes[i].part != part || shapes[i].gate_dtype != gate_dtype) ++i;
+  while (shapes[i].K != p->K || shapes[i].part != part || shapes[i].gate_dtype != p->g.dtype ||
+         shapes[i].bounded != bounded)
+    ++i;
   return i;
 }
 
@@ -103,22 +107,12 @@ static bool can_be_mapped(const fkda_problem *p, const char *name, const fkda_ro
   return true;
 }
 
-/* What the kernels are still to learn; `portable` runs it meanwhile. Each line stands for itself. */
-static bool not_yet(const fkda_problem *p, char *reason, size_t capacity) {
-#define NOT_YET(condition, text)                                                                   \
-  if (condition) return !fkda_refuse(reason, capacity, "has no kernel yet for " text)
-  NOT_YET(p->gate != FKDA_GATE_BOUNDED, "gates other than bounded");
-#undef NOT_YET
-  return false;
-}
-
 static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,
                      size_t capacity) {
   (void)self;
   if (p->op != FKDA_OP_PREFILL)
     return fkda_refuse(reason, capacity, "has kernels for prefill only");
   if (!fkda_cuda_supports(p, p->N * p->HV * split_of(p), reason, capacity)) return false;
-  if (not_yet(p, reason, capacity)) return false;
   if (p->T > MAX_TOKENS)
     return fkda_refuse(reason, capacity, "T = %lld, expected at most %lld", (long long)p->T,
                        (long long)MAX_TOKENS);
@@ -192,7 +186,7 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   fkda_sm90_params params = {.problem = *p, .value_split = plan->value_split};
   const int64_t processors = driver->devices[p->device_id].processors; /* a block fills one */
   const fkda_cuda_launch l = {
-      .kernel = kernel_of(p->K, p->V / plan->value_split, p->g.dtype),
+      .kernel = kernel_of(p, p->V / plan->value_split),
       .blocks = (uint32_t)(plan->tasks < processors ? plan->tasks : processors),
       .threads = FKDA_SM90_PREFILL_THREADS,
       .params = &params,

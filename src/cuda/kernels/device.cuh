@@ -41,6 +41,31 @@ __device__ __forceinline__ float softplus(float x) {
   return fmaf(s, q, x > 0 ? x : 0);
 }
 
+/* (2) for one channel, in units of log2; constants prepared once. Where the gate is bounded or softplus, a raw one
+ * of -inf is no decay, whatever A is. */
+struct Gate {
+  float slope, offset; /* bounded: -log2(e) exp(A_log) (raw + bias) as one fma. softplus: 1, bias */
+  float factor;        /* bounded: lower_bound log2(e). softplus: -log2(e) exp(A_log) */
+  __device__ Gate(const fkda_problem &p, int mode, float exp_A, float bias) {
+    exp_A = exp_A < 1e-37f ? 1e-37f : exp_A > 1e37f ? 1e37f : exp_A;
+    slope = mode == FKDA_GATE_BOUNDED ? -LOG2E * exp_A : 1.0f;
+    offset = slope * bias;
+    factor = mode == FKDA_GATE_BOUNDED ? LOG2E * (float)p.lower_bound : -LOG2E * exp_A;
+  }
+  template <int MODE>
+  __device__ __forceinline__ float decay(float raw) const {
+    return MODE == FKDA_GATE_BOUNDED ? factor * unit<MODE>(raw) : unit<MODE>(raw);
+  }
+  /* The same, of a bounded gate without its factor: within [0, 1] as it is. */
+  template <int MODE>
+  __device__ __forceinline__ float unit(float raw) const {
+    if (MODE == FKDA_GATE_BOUNDED) return reciprocal(1.0f + exp2_approx(fmaf(slope, raw, offset)));
+    float g = MODE == FKDA_GATE_SOFTPLUS ? factor * softplus(raw + offset) : LOG2E * raw;
+    g = g > 0 ? 0 : g; /* comparisons that keep a NaN, unlike fminf */
+    return g < CLAMP ? CLAMP : g;
+  }
+};
+
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t &>(pair);
@@ -94,9 +119,13 @@ struct alignas(16) Task {
   bool skip, load_initial;
 };
 
-/* First element of a tensor's row for the sequence's token 0. */
+/* First element of a tensor's row for token t of the sequence. */
+__device__ __forceinline__ int64_t row_at(const fkda_rows &rows, const Task &task, int head,
+                                          int t) {
+  return task.b * rows.stride_b + (task.begin + t) * rows.stride_t + head * rows.stride_h;
+}
 __device__ __forceinline__ int64_t first_row(const fkda_rows &rows, const Task &task, int head) {
-  return task.b * rows.stride_b + task.begin * rows.stride_t + head * rows.stride_h;
+  return row_at(rows, task, head, 0);
 }
 
 /* Part `part` of head `head` of sequence n, a part being `columns` value columns. */

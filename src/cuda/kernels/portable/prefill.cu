@@ -429,25 +429,6 @@ __device__ __noinline__ float4 factors_by_levels(Group<K> &shared) {
   return make_float4(total[0], total[1], total[2], total[3]);
 }
 
-/* (2) for one channel, in units of log2; constants prepared once. */
-struct Gate {
-  float slope, offset; /* bounded: -log2(e) exp(A_log) (raw + bias) as one fma. softplus: 1, bias */
-  float factor;        /* bounded: lower_bound log2(e). softplus: -log2(e) exp(A_log) */
-  __device__ Gate(const fkda_problem &p, int mode, float exp_A, float bias) {
-    slope = mode == FKDA_GATE_BOUNDED ? -LOG2E * exp_A : 1.0f;
-    offset = slope * bias;
-    factor = mode == FKDA_GATE_BOUNDED ? LOG2E * (float)p.lower_bound : -LOG2E * exp_A;
-  }
-  template <int MODE>
-  __device__ __forceinline__ float decay(float raw) const {
-    if (MODE == FKDA_GATE_BOUNDED) /* within [-5, 0] log2(e) as it is */
-      return factor * reciprocal(1.0f + exp2_approx(fmaf(slope, raw, offset)));
-    float g = MODE == FKDA_GATE_SOFTPLUS ? factor * softplus(raw + offset) : LOG2E * raw;
-    g = g > 0 ? 0 : g; /* comparisons that keep a NaN, unlike fminf */
-    return g < CLAMP ? CLAMP : g;
-  }
-};
-
 /* g[2 i + c]: in, the raw gate of token 8 half + i and channel 2 pair + c; out, its log2-decay. */
 template <int MODE>
 __device__ __forceinline__ void apply_gate(float (&g)[16], const Gate &gate0, const Gate &gate1) {

@@ -18,19 +18,19 @@ __device__ __forceinline__ void group_sync(int group) {
  * of gates is the exponent: 15, 14, .. 0 before the anchor (without the token's own gate), 16, 17, .. 31
  * behind it (with it). Row 15 ^ t or 16 ^ t is token t of the walk, so that all its addresses are one
  * address xor a constant, and the two rows that a warp touches at once lie in different banks. */
-template <class S>
-__device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane, float slope,
-                                               float factor, const float (&offset)[2],
-                                               float (&sum)[2]) {
+template <class S, int MODE>
+__device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane,
+                                               const Gate (&gate)[2], float (&sum)[2]) {
   const bool behind = lane >> 4;
   const int column = 32 * (warp & 1) + 2 * (lane & 15);
   uint32_t at = slot + (warp >> 1) * S::SLICE + in_tile(behind ? 16 : 15, column);
   /* g of f32: 32 channels a tile */
   uint32_t g_at = slot + (warp >> 1) * S::SLICE + SLICE_G32 + (warp & 1) * TILE +
                   in_tile(behind ? 16 : 15, (lane & 15) * 4);
-  const float step = behind ? factor : -factor;
+  const float unit = MODE == FKDA_GATE_BOUNDED ? gate[0].factor : 1.0f;
+  const float step = behind ? unit : -unit;
   sum[0] = sum[1] = SHIFT;
-  constexpr int BATCH = 4;
+  constexpr int BATCH = MODE == FKDA_GATE_BOUNDED ? 4 : 2;
 #pragma unroll 1
   for (int i = 0; i < HALF; i += BATCH) {
     uint32_t k[BATCH], q[BATCH], g[BATCH];
@@ -48,8 +48,7 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
     for (int t = 0; t < BATCH; ++t) {
       const float raw0 = S::GATE_BYTES == 2 ? low_of(g[t]) : g_pair[t].x;
       const float raw1 = S::GATE_BYTES == 2 ? high_of(g[t]) : g_pair[t].y;
-      const float g0 = reciprocal(1.0f + exp2_approx(fmaf(slope, raw0, offset[0])));
-      const float g1 = reciprocal(1.0f + exp2_approx(fmaf(slope, raw1, offset[1])));
+      const float g0 = gate[0].unit<MODE>(raw0), g1 = gate[1].unit<MODE>(raw1);
       const float next0 = fmaf(step, g0, sum[0]), next1 = fmaf(step, g1, sum[1]);
       const float D0 = behind ? next0 : sum[0], D1 = behind ? next1 : sum[1];
       sum[0] = next0, sum[1] = next1;
@@ -60,7 +59,7 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
       store_shared((at ^ (t * 144)) + SLICE_Q, pack(low_of(q[t]) * e0, high_of(q[t]) * e1));
       store_shared((at ^ (t * 144)) + SLICE_G, pack(k0 * f0, k1 * f1));
     }
-    const int next = i & BATCH ? in_tile(12, 0) : in_tile(4, 0);
+    const int next = in_tile(i ^ (i + BATCH), 0); /* bits of row and place alike */
     at ^= next;
     if (S::GATE_BYTES == 4) g_at ^= next;
   }
@@ -87,8 +86,8 @@ __device__ __forceinline__ void square_rows(uint32_t at, int lane, float (&sum)[
 
 /* Rows from `left` on of a slot, made such that nothing comes of them: zeros, and a raw gate without decay. */
 template <class S>
-__device__ __noinline__ void clear_rows(char *slot, int left) {
-  const uint32_t no_decay = S::GATE_BYTES == 2 ? 0xff80ff80 : 0xff800000; /* -inf */
+__device__ __noinline__ void clear_rows(char *slot, int left, bool direct) {
+  const uint32_t no_decay = direct ? 0 : S::GATE_BYTES == 2 ? 0xff80ff80 : 0xff800000; /* -inf */
   const uint4 gates = make_uint4(no_decay, no_decay, no_decay, no_decay);
   for (int i = left * 8 + (threadIdx.x & 127); i < CHUNK * 8; i += 128)
     for (int slice = 0; slice < S::SLICES; ++slice) {
@@ -97,6 +96,114 @@ __device__ __noinline__ void clear_rows(char *slot, int left) {
       tile[(S::GATE_BYTES == 2 ? SLICE_G : SLICE_G32) / 16] = gates;
       if (S::GATE_BYTES == 4) tile[(SLICE_G32 + TILE) / 16] = gates;
     }
+}
+
+/* group_sync(): does `mine` hold for any of its threads? */
+__device__ __forceinline__ bool group_sync_or(int group, bool mine) {
+  int any;
+  asm volatile(
+      "{\n .reg .pred p, q;\n setp.ne.b32 p, %2, 0;\n barrier.cta.red.or.pred q, %1, 128, p;\n"
+      " selp.b32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(group + (int)cutlass::arch::NamedBarrier::ReservedNamedBarrierCount), "r"((int)mine)
+      : "memory");
+  return any;
+}
+
+/* [K'; Q'] K^^T, 64 x 32, on its way; K^ lies at `inverse` of a slice. */
+template <class S>
+__device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot,
+                                              int inverse = SLICE_G) {
+  const uint64_t rows = tile_descriptor(slot + SLICE_K), columns = tile_descriptor(slot + inverse);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < S::K; k += 16) {
+    const uint32_t step = (k / 64 * S::SLICE + k % 64 * 2) / 16;
+    multiply(square, rows + step, columns + step, k > 0);
+  }
+  cute::warpgroup_commit_batch();
+}
+
+/* The squares of a chunk whose gates are too strong for one anchor, and what its state groups need. Two different
+ * rows i > j part at the highest bit in which i and j differ; the block of 2 width rows that this bit splits has its
+ * anchor there, and e^{G_i-a}, e^{a-G_j} are both <= 1: of each row there is one, so that K' serves as K^ too. First the
+ * diagonal, then five widths; last (width 32) K' and Q' in the frame of the chunk's begin, K^ in those of the ends of
+ * its halves, which the state is decayed to before it takes them. The walk has overwritten the chunk: it comes from
+ * device memory anew. `first_half`: the channels' sums of decays over it. Registers are short: own[128 e] is the
+ * thread's accumulator e. */
+template <class S>
+__device__ __forceinline__ void factors_by_levels(const fkda_problem &p, const Task &task,
+                                                  int begin, uint32_t slot, const Gate (&gate)[2],
+                                                  const float *first_half, float *own) {
+  const auto first_row_of = [] { return fresh_lane() >> 4 << 4; }; /* the thread's half */
+  const auto channel_of = [] { return 32 * (fresh_warp() & 3) + 2 * (fresh_lane() & 15); };
+#pragma unroll
+  for (int e = 0; e < 16; ++e) own[e * 128] = 0;
+#pragma unroll 1
+  for (int width = 0; width <= CHUNK; width = width ? 2 * width : 1) {
+    group_sync(fresh_warp() / 4 - S::STATE_GROUPS); /* the tiles are free */
+#pragma unroll 1
+    for (int back = 0; channel_of() < S::K && back < 2; ++back) {
+      float sum[2] = {0, 0};
+      if (width == CHUNK && first_row_of() && !back) /* the first half's */
+        sum[0] = first_half[channel_of()], sum[1] = first_half[channel_of() + 1];
+#pragma unroll 1
+      for (int i = 0; i < HALF; ++i) {
+        const int row = first_row_of() + (back ? HALF - 1 - i : i);
+        const bool mine = width == CHUNK || (row & width ? !back : back == (width > 0));
+        if (!mine) continue;
+        if (width < CHUNK && (row & (width - 1)) == (back ? width - 1 : 0)) sum[0] = sum[1] = 0;
+        asm volatile("" ::: "memory"); /* see fresh(): every address is made anew */
+        const int t = begin + row;
+        const bool there = t < task.length;
+        float decay[2] = {0, 0};
+        if (there && width) {
+          const int64_t at = row_at(p.g, task, fresh(task.head), t) + channel_of();
+          float2 raw;
+          if (S::GATE_BYTES == 4) {
+            raw = *reinterpret_cast<const float2 *>(static_cast<const float *>(p.g.data) + at);
+          } else {
+            const uint32_t pair =
+                *reinterpret_cast<const uint32_t *>(static_cast<const bf16 *>(p.g.data) + at);
+            raw = make_float2(low_of(pair), high_of(pair));
+          }
+          if (p.gate == FKDA_GATE_SOFTPLUS)
+            decay[0] = gate[0].template decay<FKDA_GATE_SOFTPLUS>(raw.x),
+            decay[1] = gate[1].template decay<FKDA_GATE_SOFTPLUS>(raw.y);
+          else
+            decay[0] = gate[0].template decay<FKDA_GATE_DIRECT>(raw.x),
+            decay[1] = gate[1].template decay<FKDA_GATE_DIRECT>(raw.y);
+        }
+        if (!back) sum[0] += decay[0], sum[1] += decay[1];
+        const float e0 = exp2_approx(sum[0]), e1 = exp2_approx(sum[1]);
+        if (back) sum[0] += decay[0], sum[1] += decay[1];
+        const auto put = [&](const fkda_rows &from, int to) {
+          const uint32_t pair =
+              there ? *reinterpret_cast<const uint32_t *>(
+                          static_cast<const bf16 *>(from.data) +
+                          row_at(from, task, fresh(task.qk_head), t) + channel_of())
+                    : 0;
+          store_shared(slot + channel_of() / 64 * S::SLICE + to + in_tile(row, channel_of() & 63),
+                       pack(low_of(pair) * e0, high_of(pair) * e1));
+        };
+        put(p.k, width == CHUNK && back ? SLICE_G : SLICE_K);
+        if (!back) put(p.q, SLICE_Q);
+      }
+    }
+    fence_async();
+    if (width == CHUNK) break;
+    group_sync(fresh_warp() / 4 - S::STATE_GROUPS);
+    float level[16];
+    start_squares<S>(level, uniform(fresh(slot)), SLICE_K);
+    cute::warpgroup_wait<0>();
+    fence(level);
+    const int apart_first = (16 * (fresh_warp() & 1) + (fresh_lane() >> 2)) ^ 2 * (fresh_lane() & 3);
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      const int apart = apart_first ^ (8 * (e >> 1 & 1) ^ 8 * (e >> 2) ^ (e & 1));
+      if (width ? apart >= width && apart < 2 * width : apart == 0) own[e * 128] = level[e];
+    }
+  }
 }
 
 template <class S>
@@ -114,19 +221,17 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
     }
     const float exp_A =
         p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
-    const float slope =
-        -LOG2E * (exp_A > 1e-37f ? exp_A : 1e-37f); /* times -inf it must not be NaN */
-    const float factor = LOG2E * (float)p.lower_bound;
-    float offset[2] = {0, 0};
+    float bias[2] = {0, 0};
     {
       const int warp = fresh_warp() & 3, lane = fresh_lane();
       if (32 * warp < S::K && p.dt_bias.data)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          offset[i] =
-              slope * load_float(p.dt_bias.data, p.dt_bias.dtype,
-                                 (int64_t)task.head * S::K + 32 * warp + 2 * (lane & 15) + i);
+          bias[i] = load_float(p.dt_bias.data, p.dt_bias.dtype,
+                               (int64_t)task.head * S::K + 32 * warp + 2 * (lane & 15) + i);
     }
+    const int mode = S::BOUNDED ? FKDA_GATE_BOUNDED : p.gate;
+    const Gate gate[2] = {{p, mode, exp_A, bias[0]}, {p, mode, exp_A, bias[1]}};
     /* A lane of warp 2 has a token's beta, loaded a turn ahead: it comes from device memory. */
     const auto load_beta = [&](int t) -> uint32_t {
       if (t >= task.length) return 0;
@@ -139,72 +244,105 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
 #pragma unroll 1
     for (; chunk < task.chunks;
          chunk += S::FACTOR_GROUPS, count += S::FACTOR_GROUPS, ring.next(S::FACTOR_GROUPS)) {
-      const int left = task.length - chunk * CHUNK;
-      const int warp = fresh_warp() & 3, lane = fresh_lane();
-      const int group = fresh_warp() / 4 - S::STATE_GROUPS;
-      typename Shared<S>::Tokens &tokens = shared.tokens[group][count / S::FACTOR_GROUPS & 1];
-      if (warp == 2) {
-        float beta = __uint_as_float(p.beta.dtype == FKDA_F32 ? raw_beta : raw_beta << 16);
-        if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta);
-        tokens.beta[lane] = lane < left ? beta : 0;
-        raw_beta = load_beta((chunk + S::FACTOR_GROUPS) * CHUNK + lane);
-      }
-      wait(shared.slot_full[ring.stage], ring.parity);
-      const Ring<S::HANDOVERS> out = half_of(ring);
-      const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
-      typename Shared<S>::Handover &to = shared.handover[out.stage];
-      if (left < CHUNK) {
-        clear_rows<S>(shared.slots[ring.stage], left);
-        group_sync(group);
-      }
-      if (p.l2norm) {
-        if (warp / 2 < S::SLICES) {
-          const int row = 16 * (warp & 1);
-          float part[2];
-          square_rows(
-              slot + warp / 2 * S::SLICE + SLICE_Q + in_tile(row + (lane & 15), lane >> 4 << 3),
-              lane, part);
-          if ((lane & 3) == lane >> 3) {
-            tokens.square[warp / 2][row + (lane >> 2)] = part[0];
-            tokens.square[warp / 2][row + (lane >> 2) + 8] = part[1];
+      float square[16], sum[2] = {0, 0};
+      bool by_levels = false;
+      { /* what it needs is alive no longer than this: registers are short where chunks go by levels */
+        const int left = task.length - chunk * CHUNK;
+        const int warp = fresh_warp() & 3, lane = fresh_lane();
+        const int group = fresh_warp() / 4 - S::STATE_GROUPS;
+        typename Shared<S>::Tokens &tokens = shared.tokens[group][count / S::FACTOR_GROUPS & 1];
+        if (warp == 2) {
+          float beta = __uint_as_float(p.beta.dtype == FKDA_F32 ? raw_beta : raw_beta << 16);
+          if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta);
+          tokens.beta[lane] = lane < left ? beta : 0;
+          raw_beta = load_beta((chunk + S::FACTOR_GROUPS) * CHUNK + lane);
+        }
+        wait(shared.slot_full[ring.stage], ring.parity);
+        const Ring<S::HANDOVERS> out = half_of(ring);
+        const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+        typename Shared<S>::Handover &to = shared.handover[out.stage];
+        if (left < CHUNK) {
+          clear_rows<S>(shared.slots[ring.stage], left, p.gate == FKDA_GATE_DIRECT);
+          group_sync(group);
+        }
+        if (p.l2norm) {
+          if (warp / 2 < S::SLICES) {
+            const int row = 16 * (warp & 1);
+            float part[2];
+            square_rows(
+                slot + warp / 2 * S::SLICE + SLICE_Q + in_tile(row + (lane & 15), lane >> 4 << 3),
+                lane, part);
+            if ((lane & 3) == lane >> 3) {
+              tokens.square[warp / 2][row + (lane >> 2)] = part[0];
+              tokens.square[warp / 2][row + (lane >> 2) + 8] = part[1];
+            }
+          }
+        }
+        group_sync(group); /* q has been read */
+        const bool active = 32 * warp < S::K;
+        if (active) {
+          if (S::BOUNDED)
+            decay_operands<S, FKDA_GATE_BOUNDED>(slot, warp, lane, gate, sum);
+          else if (p.gate == FKDA_GATE_SOFTPLUS)
+            decay_operands<S, FKDA_GATE_SOFTPLUS>(slot, warp, lane, gate, sum);
+          else
+            decay_operands<S, FKDA_GATE_DIRECT>(slot, warp, lane, gate, sum);
+          if (lane < 16) sum[0] = -sum[0], sum[1] = -sum[1];
+        }
+        fence_async();
+        if (S::BOUNDED) {
+          group_sync(group);
+          start_squares<S>(square, slot);
+        } else {
+          const float shift = lane < 16 ? -SHIFT : SHIFT;
+          by_levels = group_sync_or(group, active && !(sum[0] - shift >= -ANCHOR_RANGE &&
+                                                       sum[1] - shift >= -ANCHOR_RANGE));
+          if (by_levels) {
+            if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
+            float *sums = &(lane < 16 ? to.first_half : to.second_half)[32 * warp + 2 * (lane & 15)];
+            if (active) sums[0] = sum[0] - shift, sums[1] = sum[1] - shift;
+            float *own = &shared.by_levels[group][0][threadIdx.x % 128];
+            factors_by_levels<S>(p, task, chunk * CHUNK, slot, gate, to.first_half, own);
+            __syncwarp(); /* the other half of the warp has read the sums */
+          if (active) sum[0] = sums[0], sum[1] = sums[1];
+#pragma unroll
+            for (int e = 0; e < 16; ++e) square[e] = own[e * 128];
+          } else {
+            start_squares<S>(square, slot);
+            cute::warpgroup_wait<0>();
+            fence(square);
           }
         }
       }
-      group_sync(group); /* q has been read */
-      float sum[2];
+
+      const int warp = fresh_warp() & 3, lane = fresh_lane();
+      const Ring<S::HANDOVERS> out = half_of(ring);
+      typename Shared<S>::Handover &to = shared.handover[out.stage];
+      typename Shared<S>::Tokens &tokens =
+          shared.tokens[fresh_warp() / 4 - S::STATE_GROUPS][count / S::FACTOR_GROUPS & 1];
       const bool active = 32 * warp < S::K;
-      if (active) decay_operands<S>(slot, warp, lane, slope, factor, offset, sum);
-      fence_async();
-      group_sync(group);
-
-      /* [K'; Q'] K^^T, 64 x 32 */
-      float square[16];
-      const uint64_t rows = tile_descriptor(slot + SLICE_K),
-                     columns = tile_descriptor(slot + SLICE_G);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < S::K; k += 16) {
-        const uint32_t step = (k / 64 * S::SLICE + k % 64 * 2) / 16;
-        multiply(square, rows + step, columns + step, k > 0);
-      }
-      cute::warpgroup_commit_batch();
-
       if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
       if (active) {
+        const int channel = 32 * warp + 2 * (lane & 15);
+        const float2 decay = make_float2(exp2_approx(sum[0]), exp2_approx(sum[1]));
         float *decays = lane < 16 ? to.to_anchor : to.to_end;
-        const float sign = lane < 16 ? -1.0f : 1.0f;
-        *reinterpret_cast<float2 *>(&decays[32 * warp + 2 * (lane & 15)]) =
-            make_float2(exp2_approx(sign * sum[0]), exp2_approx(sign * sum[1]));
+        *reinterpret_cast<float2 *>(&decays[channel]) = by_levels ? make_float2(1, 1) : decay;
+        if (!S::BOUNDED && by_levels)
+          *reinterpret_cast<float2 *>(&(lane < 16 ? to.first_half : to.second_half)[channel]) =
+              decay;
       }
       {
-        const float least = lane < 16 || !active ? 0 : fminf(sum[0], sum[1]);
+        const float least = lane < 16 || !active || by_levels ? 0 : fminf(sum[0], sum[1]);
         const int reach = __reduce_max_sync(0xffffffffu, __float_as_int(fmaxf(-least, 0)));
         if (lane == 0) to.reach[warp] = __int_as_float(reach);
+        if (!S::BOUNDED && threadIdx.x % 128 == 0) to.by_levels = by_levels;
       }
       if (warp < 2 && count >= SOLVERS)
         wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
-      cute::warpgroup_wait<0>();
-      fence(square);
+      if (S::BOUNDED) {
+        cute::warpgroup_wait<0>();
+        fence(square);
+      }
 
       const int g = lane >> 2, t = 2 * (lane & 3);
       if (warp < 2) {

@@ -27,13 +27,17 @@ typedef struct fkda_sm90_params {
 #define FKDA_SM90_CHUNK 32      /* tokens a chunk */
 #define FKDA_SM90_BOX_BYTES 128 /* a box's row: one swizzle period */
 
-/* X(K, part, dtype of g, suffix): K channels, `part` value columns a block. The entry point is
+/* X(K, part, dtype of g, bounded gate?, suffix): K channels, `part` value columns a block. The entry point is
  * fkda_sm90_prefill_k<K>_v<part><suffix>. */
 /* clang-format off */
-#define FKDA_SM90_PREFILL_LIST(X)                                                                  \
-  X(64, 64, FKDA_BF16, ) X(64, 128, FKDA_BF16, ) X(128, 64, FKDA_BF16, ) X(128, 128, FKDA_BF16, ) \
-  X(64, 64, FKDA_F32, _g32) X(64, 128, FKDA_F32, _g32)                                             \
-  X(128, 64, FKDA_F32, _g32) X(128, 128, FKDA_F32, _g32)
+#define FKDA_SM90_PREFILL_SHAPES(X, dtype, bounded, suffix)                        \
+  X(64, 64, dtype, bounded, suffix) X(64, 128, dtype, bounded, suffix)             \
+  X(128, 64, dtype, bounded, suffix) X(128, 128, dtype, bounded, suffix)
+#define FKDA_SM90_PREFILL_LIST(X)                                                  \
+  FKDA_SM90_PREFILL_SHAPES(X, FKDA_BF16, 1, )                                      \
+  FKDA_SM90_PREFILL_SHAPES(X, FKDA_F32, 1, _g32)                                   \
+  FKDA_SM90_PREFILL_SHAPES(X, FKDA_BF16, 0, _unbounded)                            \
+  FKDA_SM90_PREFILL_SHAPES(X, FKDA_F32, 0, _g32_unbounded)
 /* clang-format on */
 
 /* Of every prefill kernel: five warpgroups, and all the shared memory that a block can have. */

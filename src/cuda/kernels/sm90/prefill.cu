@@ -97,10 +97,10 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
 
 }  // namespace fkda
 
-#define FKDA_ENTRY(K, part, dtype, suffix)                                                         \
+#define FKDA_ENTRY(K, part, dtype, bounded, suffix)                                                \
   extern "C" __global__ void __launch_bounds__(FKDA_SM90_PREFILL_THREADS, 1)                       \
       fkda_sm90_prefill_k##K##_v##part##suffix(const __grid_constant__ fkda_sm90_params params) {  \
-    using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2>;                                     \
+    using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2, bounded>;                            \
     static_assert(S::THREADS == FKDA_SM90_PREFILL_THREADS, "threads");                             \
     static_assert(sizeof(fkda::Shared<S>) + fkda::ALIGNMENT <= FKDA_SM90_PREFILL_SHARED,           \
                   "shared memory");                                                                \

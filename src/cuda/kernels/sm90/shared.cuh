@@ -32,12 +32,15 @@ constexpr int MAX_SORTED = 1024; /* sequences; more are taken as they come */
 /* K' and Q' carry 2^SHIFT, S1 and K^ 2^-SHIFT: a bounded gate's exponents are then within 2^+-112 on both sides of the
  * anchor, which leaves as much room for large k. */
 constexpr float SHIFT = 4;
+/* log2: what a half of a chunk may decay by in the frame of the anchor. A bounded gate's fifteen tokens do. */
+constexpr float ANCHOR_RANGE = 108.5f;
 constexpr int SOLVERS = 2; /* warps, on alternate chunks */
 
-template <int K_, int V_, int GATE_BYTES_>
+template <int K_, int V_, int GATE_BYTES_, bool BOUNDED_>
 struct Shape {
   static constexpr int K = K_, V = V_;           /* V: value columns of the block */
   static constexpr int GATE_BYTES = GATE_BYTES_; /* of an element of g: 2 or 4 */
+  static constexpr bool BOUNDED = BOUNDED_;      /* does the gate stay within the anchor's range? */
   static constexpr int STATE_GROUPS = V / 64;    /* warpgroups */
   static constexpr int FACTOR_GROUPS = STATE_GROUPS == 2 ? 2 : 3;
   static constexpr int THREADS = 128 * (STATE_GROUPS + FACTOR_GROUPS + 1);
@@ -68,13 +71,15 @@ struct Shared {
   /* (9): T = diag(r) (I + A)^-1 diag(beta) as two bf16 parts, [j][i], r_i = 1/|k_i| or 1; P [i][j] */
   struct Handover {
     char T_high[SQUARE], T_low[SQUARE], P[SQUARE];
-    float to_anchor[S::K], to_end[S::K]; /* e^m, e^{G_C-m} */
+    float to_anchor[S::K], to_end[S::K]; /* e^m, e^{G_C-m}; 1 in a chunk by levels: */
+    float first_half[S::BOUNDED ? 0 : S::K], second_half[S::BOUNDED ? 0 : S::K]; /* these two there */
     float norm_k[CHUNK], norm_q[CHUNK];  /* r, and scale/|q| (1) or scale */
     float column[CHUNK];                 /* r beta */
     float reach[4];                      /* of each factor warp: the largest exponent of K^, log2 */
     uint32_t collinear;                  /* are keys of the two halves nearly parallel? */
-    float guard;      /* a v of more than |guard| may overflow; negative: collinear */
-    float unused[26]; /* squares begin at multiples of 512 bytes */
+    float guard;        /* a v of more than |guard| may overflow; negative: collinear */
+    uint32_t by_levels; /* are its gates too strong for one anchor? */
+    float unused[25];   /* squares begin at multiples of 512 bytes */
   };
   struct Tokens {                   /* of a factor group: */
     float square[S::SLICES][CHUNK]; /* each slice's part of |q|^2 */
@@ -84,6 +89,7 @@ struct Shared {
   char values[S::VALUES][S::VALUE];
   Handover handover[S::HANDOVERS];
   Tokens tokens[S::FACTOR_GROUPS][2]; /* on alternate chunks of the group */
+  float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16][128]; /* accumulators, a thread's 16, in chunks by levels */
   float L[SOLVERS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
   Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
   Barrier L_full[SOLVERS], L_free[SOLVERS];

@@ -20,6 +20,19 @@ __device__ __forceinline__ void decay_state(float (&s)[K / 2], const float *deca
   }
 }
 
+/* The same where it is, see scale_in_place(). */
+template <int K>
+__device__ __forceinline__ void decay_in_place(float (&s)[K / 2], const float *decay) {
+  const uint32_t at = address(decay) + 8 * (fresh_lane() & 3);
+#pragma unroll
+  for (int n = 0; n < K / 8; ++n) {
+    const float2 d = load_shared_pair(at + 32 * n);
+    asm volatile("mul.f32 %0, %0, %4;\n mul.f32 %1, %1, %5;\n mul.f32 %2, %2, %4;\n mul.f32 %3, %3, %5;"
+                 : "+f"(s[4 * n]), "+f"(s[4 * n + 1]), "+f"(s[4 * n + 2]), "+f"(s[4 * n + 3])
+                 : "f"(d.x), "f"(d.y));
+  }
+}
+
 /* x *= factor where it is: in rare branches the compiler would otherwise copy S about. */
 template <int N>
 __device__ __forceinline__ void scale_in_place(float (&x)[N], float factor) {
@@ -74,7 +87,6 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       const typename Shared<S>::Handover &f = shared.handover[in.stage];
       const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
       char *tile = shared.values[in.stage] + matrix_at;
-      const int left = task.length - done;
       wait(shared.handover_full[in.stage], in.parity);
       const float guard = f.guard;
 
@@ -99,6 +111,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
 
       /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
       uint32_t w[8], w_low[8];
+      int left;
       const auto load_v = [&](int i) {
         cute::SM75_U16x8_LDSM_T::copy(
             *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
@@ -116,6 +129,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
             seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
       };
       wait(shared.value_full[in.stage], in.parity);
+      left = (int)load_shared(address(&task.length)) - done; /* no earlier: it has no register */
       load_v(0);
       if (S::STATE_GROUPS == 1) load_v(1);
       if (S::STATE_GROUPS ==
@@ -175,8 +189,12 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       uint32_t u[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
-      /* A checkpoint after the chunk's first half: S1 without the second half is the state there. */
-      const bool halfway = checkpoints.next == done + HALF && done + HALF < task.length;
+      /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
+       * decayed to the end of each half before it takes U of it. */
+      const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
+      const bool halfway =
+          by_levels() || (checkpoints.next == done + HALF && done + HALF < task.length);
+      if (by_levels()) decay_in_place<K>(s, f.first_half);
       uint32_t u_second[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
@@ -231,10 +249,13 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       cute::warpgroup_wait<0>();
       fence(s);
       if (halfway) {
-        const float factor = (huge ? 0x1p96f : 1.0f) * exp2_approx(SHIFT);
-        scale_in_place(s, factor);
-        checkpoints.visit(p, task, done + HALF, false, put);
-        scale_in_place(s, 1 / factor);
+        if (checkpoints.due(done + HALF, false) && done + HALF < task.length) {
+          const float factor = (huge ? 0x1p96f : 1.0f) * (by_levels() ? 1.0f : exp2_approx(SHIFT));
+          scale_in_place(s, factor);
+          checkpoints.visit(p, task, done + HALF, false, put);
+          scale_in_place(s, 1 / factor);
+        }
+        if (by_levels()) decay_in_place<K>(s, f.second_half);
         uint32_t second[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
