@@ -214,7 +214,7 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
   ring.next(first);
   int chunk = first;      /* of its task; may lie beyond it, in the next */
   uint32_t count = first; /* chunks of the block before this one */
-  each_task(shared, [&](const Task &task) {
+  each_task(shared, [&](const Task &task, int) {
     if (chunk >= task.chunks) {
       chunk -= task.chunks;
       return;

@@ -145,7 +145,9 @@ struct ValueMover {
   }
 
   __device__ void run() {
-    each_task(shared, [&](const Task &task) {
+    each_task(shared, [&](const Task &task, int number) {
+      /* Tasks without a chunk in between may be gone by now: their places are those of later ones. */
+      if (in_task < number - 1) in_task = number - 1;
 #pragma unroll 1
       for (int chunk = 0; chunk < task.chunks; ++chunk) {
         load();

@@ -140,7 +140,7 @@ __device__ __forceinline__ void arrive_warp(const Barrier &barrier) {
 /* Ordinary stores before, tensor cores or the copy engine after a barrier that follows. */
 __device__ __forceinline__ void fence_async() { cutlass::arch::fence_view_async_shared(); }
 
-/* Calls visit(task) for every task of the block, in a warp that is one of CONSUMER_WARPS. */
+/* Calls visit(task, its number) for every task of the block, in a warp that is one of CONSUMER_WARPS. */
 template <class S, class Visit>
 __device__ __forceinline__ void each_task(Shared<S> &shared, Visit visit) {
 #pragma unroll 1
@@ -148,7 +148,7 @@ __device__ __forceinline__ void each_task(Shared<S> &shared, Visit visit) {
     wait(shared.task_full[i % TASKS], i / TASKS & 1);
     const Task &task = shared.tasks[i % TASKS];
     if (task.n < 0) break;
-    if (!task.skip) visit(task);
+    if (!task.skip) visit(task, i);
     arrive_warp(shared.task_free[i % TASKS]);
   }
 }

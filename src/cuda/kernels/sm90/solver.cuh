@@ -152,7 +152,7 @@ __device__ void solve(Shared<S> &shared, int solver) {
   ring.next(solver);
   int chunk = solver; /* of its task; may lie beyond it, in the next */
   uint32_t parity = 0;
-  each_task(shared, [&](const Task &task) {
+  each_task(shared, [&](const Task &task, int) {
 #pragma unroll 1
     for (; chunk < task.chunks; chunk += SOLVERS, ring.next(SOLVERS), parity ^= 1) {
       const int lane = fresh_lane();

@@ -53,7 +53,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
   }
   static_assert(S::VALUES == S::SLOTS / 2 && S::HANDOVERS == S::SLOTS / 2, "one ring for three");
   Ring<S::SLOTS> ring;
-  each_task(shared, [&](const Task &task) {
+  each_task(shared, [&](const Task &task, int) {
     const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
     float s[K / 2];
     if (task.load_initial)
