@@ -42,7 +42,7 @@ FKDA_HOST_DEVICE static inline int32_t fkda_portable_decode_split(int64_t N, int
 /* Dynamic shared memory of a prefill block in bytes: sizeof(Shared<K, part>) of prefill.cu, which
  * asserts it. The task, barriers, two groups of factor warps, v. sm_86, 89 and 120 lend a block 99 KB. */
 #define FKDA_PORTABLE_PREFILL_SHARED(K, part)                                                      \
-  (128 + 64 + 2 * (7 * 34 * (K) + 3 * 512 + 8 * (K) + 192 + 64 * (K) + 1792) +                     \
+  (128 + 64 + 2 * (7 * 34 * (K) + 3 * 512 + 8 * (K) + 192 + 64 * (K) + 2048) +                     \
    FKDA_PORTABLE_V_STAGES * 2 * 24 * (part))
 
 #endif

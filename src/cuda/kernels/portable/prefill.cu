@@ -94,7 +94,7 @@ struct Group {
   bf16 k[TILE<K>];
   bf16 k_inverse[TILE<K>]; /* K^ */
   float A[CHUNK][A_PITCH];
-  float squares[2][CHUNK][GROUP_WARPS]; /* [k, q]: each warp's part of |k|^2, |q|^2 */
+  float squares[3][CHUNK][GROUP_WARPS]; /* [k, q, product]: each warp's part of |k|^2, |q|^2, q k */
 };
 
 template <int K, int VP>
@@ -251,30 +251,41 @@ struct FactorThread {
   }
 };
 
-/* Sums of squares of rows lane / 4 and lane / 4 + 8 over the warp's 32 channels, in the lanes of
- * has_squares(): the diagonal of rows times rows transposed, for which the A operand of an mma is its B
- * operand too. */
-__device__ __forceinline__ float2 sum_squares(const bf16 *rows, int warp, int lane) {
-  float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0}; /* columns 0-7, 8-15 */
-  const bf16 *from = rows + at(lane & 15, (lane >> 4) * 8) + 2 * warp * BLOCK;
+/* |k|^2, |q|^2 and q k of rows lane / 4 and lane / 4 + 8 over the warp's 32 channels, in the lanes of
+ * has_squares(): of 8 rows at a time the diagonals of [q; k] times q^T and k^T, for which the A operand of an mma
+ * is its B operand too. */
+struct Squares {
+  float k[2] = {0, 0}, q[2] = {0, 0}, product[2] = {0, 0};
+  __device__ __forceinline__ void sum(const bf16 *q_rows, const bf16 *k_rows, int warp, int lane) {
+    const bf16 *rows = lane & 8 ? k_rows : q_rows;
+    const bool odd = lane & 4; /* columns 2 (lane % 4), + 1 */
 #pragma unroll
-  for (int block = 0; block < 2; ++block) {
-    uint32_t a[4];
-    load_matrices(a, from + block * BLOCK);
-    mma(upper, a, a[0], a[2]);
-    mma(lower, a, a[1], a[3]);
+    for (int h = 0; h < 2; ++h) {
+      float by_q[4] = {0, 0, 0, 0}, by_k[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        uint32_t a[4];
+        load_matrices(a, rows + at(8 * h + (lane & 7), lane >> 4 << 3) + (2 * warp + block) * BLOCK);
+        mma(by_q, a, a[0], a[2]);
+        mma(by_k, a, a[1], a[3]);
+      }
+      q[h] = odd ? by_q[1] : by_q[0];
+      product[h] = odd ? by_q[3] : by_q[2];
+      k[h] = odd ? by_k[3] : by_k[2];
+    }
   }
-  const bool odd = lane & 4; /* columns 2 (lane % 4), + 1 */
-  return make_float2(odd ? upper[1] : upper[0], odd ? lower[3] : lower[2]);
-}
+};
 __device__ __forceinline__ bool has_squares(int lane) { return (lane & 3) == lane >> 3; }
 
+template <int K>
+__device__ __forceinline__ float sum_of_parts(const float (&squares)[GROUP_WARPS]) {
+  const float4 parts = *reinterpret_cast<const float4 *>(squares);
+  return K == 128 ? (parts.x + parts.y) + (parts.z + parts.w) : parts.x + parts.y;
+}
 /* 1 / |row|, or 1 without the norm (1). */
 template <int K>
 __device__ __forceinline__ float norm_of(const fkda_problem &p, const float (&squares)[GROUP_WARPS]) {
-  const float4 parts = *reinterpret_cast<const float4 *>(squares);
-  const float sum = K == 128 ? (parts.x + parts.y) + (parts.z + parts.w) : parts.x + parts.y;
-  const float norm = rsqrtf(sum + (float)FKDA_L2NORM_EPS);
+  const float norm = rsqrtf(sum_of_parts<K>(squares) + (float)FKDA_L2NORM_EPS);
   return p.l2norm ? norm : 1;
 }
 
@@ -596,20 +607,20 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
     /* Everything that the state warps will read is made before the buffer is asked for: the shorter the
      * way from empty to full, the less they wait. */
     uint32_t k_new[8], q_new[8], k_end[8], k_end_low[8], k_inverse[8];
-    float2 k_squares = make_float2(0, 0), q_squares = k_squares;
+    Squares squares;
     const auto store_squares = [&] {
-      if (me.active() && has_squares(me.lane)) {
-        const int row = me.lane >> 2;
-        shared.squares[0][row][me.warp] = k_squares.x;
-        shared.squares[0][row + 8][me.warp] = k_squares.y;
-        shared.squares[1][row][me.warp] = q_squares.x;
-        shared.squares[1][row + 8][me.warp] = q_squares.y;
-      }
+      if (me.active() && has_squares(me.lane))
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = (me.lane >> 2) + 8 * h;
+          shared.squares[0][row][me.warp] = squares.k[h];
+          shared.squares[1][row][me.warp] = squares.q[h];
+          shared.squares[2][row][me.warp] = squares.product[h];
+        }
     };
     float2 decay; /* half 0: e^m, half 1: e^{G_C} */
     if (me.active()) {
-      k_squares = sum_squares(shared.k, me.warp, me.lane);
-      q_squares = sum_squares(shared.q, me.warp, me.lane);
+      squares.sum(shared.q, shared.k, me.warp, me.lane);
       uint32_t k2[8], q2[8]; /* all before the first store, which they would wait for */
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -700,6 +711,12 @@ __device__ void run_factor_warps(const fkda_portable_params &params, Shared<K, V
         const int row = triangle_row(i, me.lane), column = triangle_column(i, me.lane, me.warp);
         *reinterpret_cast<uint32_t *>(&to.P[row * CHUNK + column]) =
             pack(row >= column ? triangle[i] : 0, row > column ? triangle[i + 1] : 0);
+      }
+      /* A token meets its own key without decay: what rounding Q' and K^ costs is spared where gates are strong
+       * and little else is left. */
+      if (has_squares(me.lane)) {
+        const int row = (me.warp & 1) * 8 + (me.lane >> 2);
+        to.P[row * CHUNK + row] = __float2bfloat16_rn(sum_of_parts<K>(shared.squares[2][row]));
       }
     }
     if (HAS_SOLVER) {

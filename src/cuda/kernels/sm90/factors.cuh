@@ -65,23 +65,27 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
   }
 }
 
-/* Diagonal of x x^T for 16 rows of a tile: the sums over its 64 columns of rows lane / 4 and lane / 4 + 8 come to
- * the lanes with lane % 4 == lane / 8. An A operand's registers serve as B operands too. `at`: row lane % 16,
- * column 8 (lane / 16). */
-__device__ __forceinline__ void square_rows(uint32_t at, int lane, float (&sum)[2]) {
+/* |q|^2 and q k of 16 rows over the 64 columns of a tile: of 8 rows at a time the diagonals of [q; k] q^T, whose A
+ * operand's first rows serve as B operand too. Those of rows lane / 4 and lane / 4 + 8 come to the lanes with
+ * lane % 4 == lane / 8. `at`: row lane % 8, column 8 (lane / 16), in q's tile for even lane / 8, else in k's. */
+__device__ __forceinline__ void square_rows(uint32_t at, int lane, float (&square)[2],
+                                            float (&product)[2]) {
   using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
   float d[2][4] = {};
 #pragma unroll
-  for (int k = 0; k < 64; k += 16) {
-    uint32_t a[4];
-    load_matrices(at ^ (k * 2), a);
+  for (int k = 0; k < 64; k += 16)
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      Mma::fma(d[h][0], d[h][1], d[h][2], d[h][3], a[0], a[1], a[2], a[3], a[h], a[h + 2], d[h][0],
+    for (int h = 0; h < 2; ++h) {
+      uint32_t a[4];
+      load_matrices((at + in_tile(8 * h, 0)) ^ (k * 2), a);
+      Mma::fma(d[h][0], d[h][1], d[h][2], d[h][3], a[0], a[1], a[2], a[3], a[0], a[2], d[h][0],
                d[h][1], d[h][2], d[h][3]);
-  }
+    }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) sum[h] = lane >> 2 & 1 ? d[h][2 * h + 1] : d[h][2 * h];
+  for (int h = 0; h < 2; ++h) {
+    square[h] = lane >> 2 & 1 ? d[h][1] : d[h][0];
+    product[h] = lane >> 2 & 1 ? d[h][3] : d[h][2];
+  }
 }
 
 /* Rows from `left` on of a slot, made such that nothing comes of them: zeros, and a raw gate without decay. */
@@ -265,20 +269,20 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
           clear_rows<S>(shared.slots[ring.stage], left, p.gate == FKDA_GATE_DIRECT);
           group_sync(group);
         }
-        if (p.l2norm) {
-          if (warp / 2 < S::SLICES) {
-            const int row = 16 * (warp & 1);
-            float part[2];
-            square_rows(
-                slot + warp / 2 * S::SLICE + SLICE_Q + in_tile(row + (lane & 15), lane >> 4 << 3),
-                lane, part);
-            if ((lane & 3) == lane >> 3) {
-              tokens.square[warp / 2][row + (lane >> 2)] = part[0];
-              tokens.square[warp / 2][row + (lane >> 2) + 8] = part[1];
+        if (warp / 2 < S::SLICES) {
+          const int row = 16 * (warp & 1);
+          float square[2], product[2];
+          square_rows(slot + warp / 2 * S::SLICE + (lane & 8 ? SLICE_K : SLICE_Q) +
+                          in_tile(row + (lane & 7), lane >> 4 << 3),
+                      lane, square, product);
+          if ((lane & 3) == lane >> 3)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              tokens.square[warp / 2][row + (lane >> 2) + 8 * h] = square[h];
+              tokens.product[warp / 2][row + (lane >> 2) + 8 * h] = product[h];
             }
-          }
         }
-        group_sync(group); /* q has been read */
+        group_sync(group); /* q and k have been read */
         const bool active = 32 * warp < S::K;
         if (active) {
           if (S::BOUNDED)
@@ -398,6 +402,14 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
             store_shared(
                 address(to.P) + in_square(i, j),
                 pack(i >= j ? square[4 * n + 2 * h] : 0, i > j ? square[4 * n + 2 * h + 1] : 0));
+          }
+          /* A token meets its own key without decay: what rounding Q' and K^ costs is spared where gates are strong
+           * and little else is left. */
+          if ((lane & 3) == lane >> 3) {
+            float product = 0;
+#pragma unroll
+            for (int slice = 0; slice < S::SLICES; ++slice) product += tokens.product[slice][i];
+            *reinterpret_cast<bf16 *>(to.P + in_square(i, i)) = __float2bfloat16_rn(product);
           }
         }
         fence_async();

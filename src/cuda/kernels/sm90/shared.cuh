@@ -83,6 +83,7 @@ struct Shared {
   };
   struct Tokens {                   /* of a factor group: */
     float square[S::SLICES][CHUNK]; /* each slice's part of |q|^2 */
+    float product[S::SLICES][CHUNK]; /* and of q k */
     float beta[CHUNK];              /* (3) */
   };
   char slots[S::SLOTS][S::SLOT];
