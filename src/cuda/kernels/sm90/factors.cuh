@@ -382,7 +382,8 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
           for (int i = 0; i < 8; ++i)
             cosine = fmaxf(cosine, fabsf(square[i]) * largest[i >> 1 & 1]);
           const bool any = __any_sync(0xffffffffu, cosine > 0.5f);
-          if (lane == 0) to.collinear = any;
+          const bool throughout = __all_sync(0xffffffffu, cosine > 0.5f); /* two rows and four columns a lane */
+          if (lane == 0) to.collinear = any + throughout;
         }
         arrive_warp(shared.L_full[count % SOLVERS]);
       } else { /* P = lower(Q' K^^T) */

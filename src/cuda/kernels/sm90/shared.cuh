@@ -76,7 +76,7 @@ struct Shared {
     float norm_k[CHUNK], norm_q[CHUNK];  /* r, and scale/|q| (1) or scale */
     float column[CHUNK];                 /* r beta */
     float reach[4];                      /* of each factor warp: the largest exponent of K^, log2 */
-    uint32_t collinear;                  /* are keys of the two halves nearly parallel? */
+    uint32_t collinear;                  /* are keys of the two halves nearly parallel? 1: some, 2: most */
     float guard;        /* a v of more than |guard| may overflow; negative: collinear */
     uint32_t by_levels; /* are its gates too strong for one anchor? */
     float unused[25];   /* squares begin at multiples of 512 bytes */

@@ -40,6 +40,78 @@ __device__ __forceinline__ void scale_in_place(float (&x)[N], float factor) {
   for (int i = 0; i < N; ++i) asm volatile("mul.f32 %0, %0, %1;" : "+f"(x[i]) : "f"(factor));
 }
 
+/* What K^ lost by rounding, in place of K', which has served: k e^{m-G} as decay_operands() makes it, from device
+ * memory anew. All state warps of the block. */
+template <class S>
+__device__ __forceinline__ void rest_of_keys(const fkda_problem &p, const Task &task, int done,
+                                             uint32_t slot) {
+  const auto sync = [] {
+    cutlass::arch::NamedBarrier::sync(32 * S::STATE_WARPS, S::FACTOR_GROUPS);
+  };
+  sync();     /* K' is free */
+  int thread; /* anew: threadIdx.x would hold a register from the top of the chunk on, and there is none left */
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const int warp = thread / 32, lane = thread & 31;
+  if (32 * warp < S::K) {
+    const bool behind = lane >> 4;
+    const int channel = 32 * warp + 2 * (lane & 15);
+    const uint32_t tile = slot + (warp >> 1) * S::SLICE;
+    const float exp_A =
+        p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, task.head)) : 1.0f;
+    float bias[2] = {0, 0}, sum[2] = {SHIFT, SHIFT};
+    if (p.dt_bias.data)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        bias[i] = load_float(p.dt_bias.data, p.dt_bias.dtype,
+                             (int64_t)task.head * S::K + channel + i);
+    const int mode = S::BOUNDED ? FKDA_GATE_BOUNDED : p.gate;
+    const Gate gate[2] = {{p, mode, exp_A, bias[0]}, {p, mode, exp_A, bias[1]}};
+    const float step = (behind ? 1.0f : -1.0f) * (S::BOUNDED ? gate[0].factor : 1.0f);
+    const int64_t g_first = first_row(p.g, task, task.head) + done * p.g.stride_t + channel;
+    const bf16 *k_first = static_cast<const bf16 *>(p.k.data) +
+                          first_row(p.k, task, task.qk_head) + done * p.k.stride_t + channel;
+    const int left = task.length - done;
+    constexpr int BATCH = 4;
+#pragma unroll 1
+    for (int i = 0; i < HALF; i += BATCH) {
+      uint32_t k[BATCH];
+      float raw[BATCH][2];
+#pragma unroll
+      for (int t = 0; t < BATCH; ++t) { /* beyond the sequence the last one's, for nothing */
+        const int row = behind ? HALF + i + t : HALF - 1 - i - t;
+        const int there = row < left ? row : left - 1;
+        k[t] = *reinterpret_cast<const uint32_t *>(k_first + there * p.k.stride_t);
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          raw[t][c] = load_float(p.g.data, S::GATE_BYTES == 4 ? FKDA_F32 : FKDA_BF16,
+                                 g_first + there * p.g.stride_t + c);
+      }
+#pragma unroll
+      for (int t = 0; t < BATCH; ++t) {
+        const int row = behind ? HALF + i + t : HALF - 1 - i - t;
+        if (row >= left) continue;
+        const uint32_t at = tile + in_tile(row, channel & 63), high = load_shared(at + SLICE_G);
+        float rest[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float x = raw[t][c];
+          const float g = S::BOUNDED ? gate[c].template unit<FKDA_GATE_BOUNDED>(x)
+                          : p.gate == FKDA_GATE_SOFTPLUS
+                              ? gate[c].template unit<FKDA_GATE_SOFTPLUS>(x)
+                              : gate[c].template unit<FKDA_GATE_DIRECT>(x);
+          const float next = fmaf(step, g, sum[c]);
+          const float f = exp2_approx(behind ? -next : -sum[c]);
+          sum[c] = next;
+          rest[c] = fmaf(c ? high_of(k[t]) : low_of(k[t]), f, c ? -high_of(high) : -low_of(high));
+        }
+        store_shared(at + SLICE_K, pack(rest[0], rest[1]));
+      }
+    }
+  }
+  fence_async();
+  sync();
+}
+
 template <class S>
 __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
   constexpr int K = S::K;
@@ -198,37 +270,42 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       uint32_t u_second[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
-      /* Nearly parallel keys: what U loses by rounding adds up in S, so that its rest follows. */
-      uint32_t rest[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) rest[i] = 0;
-      if (guard < 0)
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (i < 4 || !halfway) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
 
       /* (11) O += U P^T, (12) S += U K^ */
       const uint64_t P = T_high + 2 * SQUARE / 16;
+      const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
+      const uint64_t K_second = K_first + HALF * 128 / 16;
+      /* Nearly parallel keys: what U loses by rounding adds up in S, and O is the small sum of large terms. So its
+       * rest follows, and below that of K^. */
+      if (guard < 0) {
+        uint32_t rest[8], rest_second[4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rest_second[i] = halfway ? 0 : rest[4 + i];
+        fence(rest);
+        fence(rest_second);
+        fence(o);
+        fence(s);
+        cute::warpgroup_arrive();
+        multiply<Major::K>(o, rest, P, true);
+        multiply<Major::K>(o, rest + 4, P + 2, true);
+        multiply<Major::MN>(s, rest, K_first, true);
+        multiply<Major::MN>(s, rest_second, K_second, true);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+      }
       fence(u);
       fence(u_second);
-      fence(rest);
       fence(o);
       fence(s);
       cute::warpgroup_arrive();
       multiply<Major::K>(o, u, P, true);
       multiply<Major::K>(o, u + 4, P + 2, true);
       cute::warpgroup_commit_batch();
-      const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
-      const uint64_t K_second = K_first + HALF * 128 / 16;
       multiply<Major::MN>(s, u, K_first, true);
       multiply<Major::MN>(s, u_second, K_second, true);
       cute::warpgroup_commit_batch();
-      if (guard < 0) {
-        cute::warpgroup_arrive();
-        multiply<Major::MN>(s, rest, K_first, true);
-        multiply<Major::MN>(s, rest + 4, K_second, true);
-        cute::warpgroup_commit_batch();
-      }
       cute::warpgroup_wait<1>();
       fence(o);
       uint32_t out[8];
@@ -248,6 +325,23 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       arrive_warp(shared.value_out[in.stage]);
       cute::warpgroup_wait<0>();
       fence(s);
+      if (guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2) {
+        const uint32_t again =
+            address(shared.slots[uniform(ring.stage)]); /* not worth a register until here */
+        rest_of_keys<S>(p, task, done, again);
+        const uint64_t rest_first = tile_descriptor(again + SLICE_K, S::SLICE);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
+        fence(u);
+        fence(u_second);
+        fence(s);
+        cute::warpgroup_arrive();
+        multiply<Major::MN>(s, u, rest_first, true);
+        multiply<Major::MN>(s, u_second, rest_first + HALF * 128 / 16, true);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+        fence(s);
+      }
       if (halfway) {
         if (checkpoints.due(done + HALF, false) && done + HALF < task.length) {
           const float factor = (huge ? 0x1p96f : 1.0f) * (by_levels() ? 1.0f : exp2_approx(SHIFT));
@@ -263,11 +357,18 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         fence(s);
         cute::warpgroup_arrive();
         const uint32_t again =
-            address(shared.slots[uniform(ring.stage)]); /* not worth a register until here */
+            address(shared.slots[uniform(ring.stage)]);
         multiply<Major::MN>(s, second, tile_descriptor(again + SLICE_G + HALF * 128, S::SLICE),
                             true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
+        if (guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2) {
+          cute::warpgroup_arrive();
+          multiply<Major::MN>(s, second, tile_descriptor(again + SLICE_K + HALF * 128, S::SLICE),
+                              true);
+          cute::warpgroup_commit_batch();
+          cute::warpgroup_wait<0>();
+        }
         fence(s);
       }
       arrive_warp(shared.slot_free[ring.stage]);
