@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Times this machine's CPU kernels and their peers; writes bench/results/cpu-<isa>.json.
 
-Ours is timed by `flashkda bench`, in processes of its own: each one measures a shape between two
-measurements of what the machine can do (OpenBLAS's sgemm, reading and writing memory), and gives the
-median of several runs. The processes of all shapes go round several times; of each row the median over
-the rounds is recorded, with every round's number beside it. So a neighbour that is busy for a while
-meets ours and the yardstick alike.
+Ours is timed by `flashkda bench`, in processes of its own and in rounds: a few hundred milliseconds each of one thread, of all
+threads and of what the machine can do on as many (OpenBLAS's sgemm, reading and writing memory), in
+turn. Ratios are formed inside a round, so that a machine whose speed drifts, or a neighbour who is busy
+for a while, meets both sides of them alike. The processes of the main shapes go round several times too. Recorded are the medians
+over all rounds, of the ratios too, with every round's number beside them.
 
 The peers are what transformers itself runs for Kimi Linear where no kernel package is installed: the
 chunk form and the token loop in PyTorch. They get what their model gives them (activated gates in fp32,
@@ -26,11 +26,10 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Arguments of `flashkda bench`. MAIN is timed in every round, with the sgemm rate before and after; so is
-# ONE_HEAD, whose point is how it scales; DECODE in the first round and the last; OTHER once.
+# Arguments of `flashkda bench`. MAIN is timed every time around; DECODE the first and the last time; OTHER once.
 PREFILL = "--T 4096 --heads 32"
-MAIN = [f"{PREFILL} --gate weak", f"{PREFILL} --gate strong"]
-ONE_HEAD = ["--T 16384 --heads 1 --gate weak", "--T 16384 --heads 1 --gate strong"]
+ONE_HEAD = "--T 16384 --heads 1"
+MAIN = [f"{shape} --gate {gate}" for shape in (PREFILL, ONE_HEAD) for gate in ("weak", "strong")]
 DECODE = "--preset decode"
 OTHER = [
     f"{PREFILL} --gate medium",
@@ -73,62 +72,58 @@ def commit():
 
 
 class Ours:
-    """Results of `flashkda bench`, put together over the rounds."""
+    """Results of `flashkda bench`, put together."""
 
     def __init__(self, tool):
         self.tool = tool
-        self.rows = {}  # key: one dict for each round
-        self.sgemm = {}  # threads: rates
-        self.memory = {}
-        self.first = None  # what the first process said of the machine
+        self.rows = {}  # key: what each process said
+        self.first = None  # of the machine
 
-    def bench(self, arguments, seconds, check, sgemm=True):
+    def bench(self, arguments, seconds, rounds, check):
         say(f"flashkda bench {arguments}")
-        command = [self.tool, "bench", *arguments.split(), "--seconds", str(seconds), "--json", "-"]
-        command += [] if check else ["--no-check"]
-        command += [] if sgemm else ["--no-sgemm"]
+        command = [self.tool, "bench", *arguments.split(), "--seconds", str(seconds)]
+        command += ["--rounds", str(rounds)] + ([] if check else ["--no-check"])
         with tempfile.TemporaryDirectory() as directory:
             path = pathlib.Path(directory) / "rows.json"
-            command[command.index("-")] = str(path)
-            done = subprocess.run(command, stdout=subprocess.DEVNULL)
+            done = subprocess.run([*command, "--json", str(path)], stdout=subprocess.DEVNULL)
             if done.returncode:
                 sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
             result = json.loads(path.read_text())
         self.first = self.first or result
-        for rate in result["rates"]:
-            for name, rates in (("sgemm_gflops", self.sgemm), ("memory_gbps", self.memory)):
-                if rate[name]:
-                    rates.setdefault(rate["threads"], []).append(rate[name])
         for row in result["rows"]:
             key = tuple(row[x] for x in ("name", "gate", "variant", "backend", "threads"))
             self.rows.setdefault(key, []).append(row)
 
     def finished(self):
-        sgemm = {n: statistics.median(x) for n, x in self.sgemm.items()}
-        memory = {n: statistics.median(x) for n, x in self.memory.items()}
-        rows = []
-        for rounds in self.rows.values():
-            row = dict(rounds[0])
-            times = [x["ms"] for x in rounds]
-            ms = statistics.median(times)
-            threads = row["threads"]
-            row.update(ms=ms, ms_min=min(times), ms_rounds=times)
-            if row["op"] == "decode":
-                size = {"bf16": 2, "f16": 2, "f32": 4}[row["state_dtype"]]
-                bytes_moved = 2 * size * row["N"] * row["HV"] * row["K"] * row["V"]
-                row["state_gbps"] = bytes_moved / ms / 1e6
-                if threads in memory:
-                    row["floor_ms"] = bytes_moved / memory[threads] / 1e6
-                    row["memory_ratio"] = row["floor_ms"] / ms
-            else:
-                row["gflops"] *= rounds[0]["ms"] / ms
-                row["sgemm_ratio"] = row["gflops"] / sgemm[threads] if threads in sgemm else None
-            rows.append(row)
-        for row in rows:
-            same = ("name", "gate", "variant", "backend")
-            one = [x for x in rows if x["threads"] == 1 and all(x[y] == row[y] for y in same)]
-            row["speedup"] = one[0]["ms"] / row["ms"] if one and row["threads"] > 1 else None
-        return rows, sgemm, memory
+        return [merged(rows) for rows in self.rows.values()]
+
+    def rates(self, name):
+        """{threads: median of that yardstick over all rounds of all rows}"""
+        found = {}
+        for row in (row for rows in self.rows.values() for row in rows):
+            found.setdefault(row["threads"], []).extend(row[f"{name}_rounds"])
+        return {n: statistics.median(x) for n, x in found.items() if x}
+
+
+SERIES = ("ms", "sgemm_gflops", "sgemm_ratio", "memory_gbps", "memory_ratio", "speedup")
+
+
+def merged(rows):
+    """One row of several processes: every round of each, the medians of all, and of ratios the quartiles."""
+    row = {key: x for key, x in rows[0].items() if not key.endswith("_rounds")}
+    for name in SERIES:
+        rounds = [x for one in rows for x in one[f"{name}_rounds"]]
+        row[name] = statistics.median(rounds) if rounds else None
+        if rounds:
+            row[f"{name}_rounds"] = rounds
+        if len(rounds) > 1 and name in ("sgemm_ratio", "memory_ratio", "speedup"):
+            low, _, high = statistics.quantiles(rounds, n=4, method="inclusive")
+            row[f"{name}_quartiles"] = [low, high]
+    work = "state_gbps" if row["op"] == "decode" else "gflops"
+    row[work] *= rows[0]["ms"] / row["ms"]
+    if row["memory_ratio"]:
+        row["floor_ms"] = row["memory_ratio"] * row["ms"]
+    return row
 
 
 def available(tool, name):
@@ -276,9 +271,9 @@ def add_peers(rows, tool, backend, threads, seconds):
 
 
 def rounded(x):
-    """Six digits are more than any time has."""
+    """Five digits are more than any time has."""
     if isinstance(x, float):
-        return float(f"{x:.6g}")
+        return float(f"{x:.5g}")
     if isinstance(x, dict):
         return {key: rounded(value) for key, value in x.items()}
     return [rounded(value) for value in x] if isinstance(x, list) else x
@@ -296,8 +291,9 @@ def write(path, record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tool", default=str(ROOT / "build/release/flashkda"))
-    parser.add_argument("--rounds", type=int, default=3, help="of the main shapes (3)")
-    parser.add_argument("--seconds", type=float, default=0.6, help="for each row in a round (0.6)")
+    parser.add_argument("--times", type=int, default=3, help="to go round the main shapes (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="of a row in a process (5)")
+    parser.add_argument("--seconds", type=float, default=0.8, help="for a row's rounds (0.8)")
     parser.add_argument("--no-peers", action="store_true", help="do not time transformers")
     parser.add_argument("--note", default="", help="recorded with the result")
     parser.add_argument("-o", "--output", help="instead of bench/results/cpu-<isa>.json")
@@ -307,28 +303,23 @@ def main():
     if load_before > 0.5:
         say(f"the machine is busy (load {load_before:.1f}): do not record this as its speed")
     ours = Ours(options.tool)
-    numpy_rates = {}
-    for index in range(options.rounds):
+    for index in range(options.times):
         for arguments in MAIN:
-            ours.bench(arguments, options.seconds, check=index == 0)
-        for arguments in ONE_HEAD:
-            ours.bench(arguments, options.seconds, check=index == 0, sgemm=False)
-        for threads in sorted(ours.sgemm):
-            numpy_rates.setdefault(threads, []).append(numpy_sgemm(threads))
-        if index in (0, options.rounds - 1):
-            ours.bench(DECODE, options.seconds / 3, check=index == 0, sgemm=False)
+            ours.bench(arguments, options.seconds, options.rounds, check=index == 0)
+        if index in (0, options.times - 1):
+            ours.bench(DECODE, options.seconds, options.rounds, check=index == 0)
     backend = ours.first["rows"][0]["backend"]  # the machine's best: nothing else was asked for so far
     for arguments in OTHER + BESIDE_PEERS:
         name = arguments.partition("--backend ")[2]
         if not name or (name != backend and available(options.tool, name)):
-            ours.bench(arguments, options.seconds, check=True, sgemm=False)
+            ours.bench(arguments, options.seconds, options.rounds, check=True)
 
-    rows, sgemm, memory = ours.finished()
+    rows, sgemm, memory = ours.finished(), ours.rates("sgemm_gflops"), ours.rates("memory_gbps")
     threads = max(row["threads"] for row in rows)
+    numpy_rates = {n: numpy_sgemm(n) for n in sgemm}
     agree, versions = True, {}
     if not options.no_peers:
         agree, versions = add_peers(rows, options.tool, backend, threads, 2 * options.seconds)
-    numpy_rates = {n: statistics.median(x) for n, x in numpy_rates.items()}
     for n, rate in numpy_rates.items():
         if n in sgemm and rate > 1.15 * sgemm[n]:
             say(f"NumPy's sgemm is faster on {n} threads: {rate:.0f} against {sgemm[n]:.0f} GFLOP/s")
@@ -345,11 +336,11 @@ def main():
         "copy_gbps": memory.get(threads),
         "memory_gbps": memory,
         "sgemm_gflops": sgemm,
-        "sgemm_gflops_rounds": ours.sgemm,
         "sgemm_gflops_numpy": numpy_rates,
         "blas": {"core": first["openblas_core"], "config": first["openblas_config"]},
         "peers": versions,
         "rounds": options.rounds,
+        "times": options.times,
         "load": [load_before, os.getloadavg()[0]],
         "note": options.note,
         "rows": rows,
@@ -358,7 +349,6 @@ def main():
     write(path, record)
     say(f"wrote {path}")
     return 0 if agree else 1
-
 
 
 if __name__ == "__main__":

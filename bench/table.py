@@ -38,6 +38,16 @@ def times(x):
     return "–" if x is None else f"{x:.2f}×"
 
 
+def ratio(row, name):
+    """Median, and the middle half of the rounds where it is recorded."""
+    quartiles = row.get(f"{name}_quartiles")
+    if name == "speedup":
+        text, ends = times(row[name]), [f"{x:.2f}" for x in quartiles or ()]
+    else:
+        text, ends = percent(row[name]), [f"{100 * x:.0f}" for x in quartiles or ()]
+    return f"{text} ({'–'.join(ends)})" if ends else text
+
+
 def error(x):
     return "–" if x is None else f"{x:.1e}".replace("e-0", "e-")
 
@@ -132,7 +142,8 @@ def prefill_line(row, record, full):
     if full:
         line.append(row["backend"])
         line.append(number(one[0]) if one and n > 1 else "–")
-    line += [number(row["ms"]), number(row["gflops"]), percent(row["sgemm_ratio"]), times(row["speedup"])]
+    line += [number(row["ms"]), number(row["gflops"])]
+    line += [ratio(row, "sgemm_ratio"), ratio(row, "speedup")]
     if full:
         line += [error(row["error_o"]), error(row["error_state"])]
     return line + peers(row)
@@ -152,6 +163,7 @@ def decode_table(rows, record, full):
     n = max(threads_of(record))
     head = [f"decode, D {rows[0]['K']}"]
     head += [f"ms, {n} threads", "GB/s of state", "of memory rate"]
+    head += [f"1 → {n} threads"] if full else []
     head += ["error o", "error state"] if full else []
     head += ["transformers token loop, ms"]
     lines = []
@@ -159,7 +171,8 @@ def decode_table(rows, record, full):
         state = "bf16" if row["state_dtype"] == "bf16" else "fp32"
         state += " [K,V]" if row["variant"] == "kv" else ""
         line = [f"{shape(row)}, {state} state", number(row["ms"]), number(row["state_gbps"])]
-        line.append(percent(row.get("memory_ratio")))
+        line.append(ratio(row, "memory_ratio"))
+        line += [ratio(row, "speedup")] if full else []
         line += [error(row["error_o"]), error(row["error_state"])] if full else []
         lines.append(line + peers(row)[1:])
     return table(head, lines)

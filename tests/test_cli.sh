@@ -85,6 +85,7 @@ expect 2 check --case 'gate/*' --save "$dir/x"
 expect 2 bench --preset nonsense
 expect 2 bench --gate soft
 expect 2 bench --threads 0
+expect 2 bench --rounds 0
 [ -e "$dir/x" ] && fail "wrong usage wrote a file"
 
 # ---- info -------------------------------------------------------------------------------------------
@@ -252,6 +253,23 @@ has out "T128_H2"
 cp "$dir/bench.json" "$dir/out"
 json bench
 has out '"rows"'
+if [ -n "$python" ]; then # a pair of every round: both numbers of threads, and for decode what memory does
+  expect 0 bench --decode 2 --heads 1 --seconds 0 --rounds 3 --threads 1,2 --no-check --json "$dir/decode.json"
+  "$python" - "$dir/bench.json" "$dir/decode.json" <<'EOF' || fail "bench: rounds and ratios"
+import json, statistics, sys
+prefill, decode = (json.load(open(path))["rows"] for path in sys.argv[1:])
+one, two = decode
+assert [len(row["ms_rounds"]) for row in prefill + decode] == [5, 5, 3, 3]
+assert not prefill[1]["sgemm_ratio_rounds"] and prefill[1]["sgemm_ratio"] is None
+assert not one["speedup_rounds"] and len(two["speedup_rounds"]) == 3
+close = lambda x, y: abs(x / y - 1) < 1e-4
+for i in range(3):
+    assert close(two["speedup_rounds"][i], one["ms_rounds"][i] / two["ms_rounds"][i])
+    moved = 2 * 2 * 128 * 128 * 4 / 1e6  # N, a state read and written
+    assert close(two["memory_ratio_rounds"][i], moved / two["ms_rounds"][i] / two["memory_gbps_rounds"][i])
+assert close(two["memory_ratio"], statistics.median(two["memory_ratio_rounds"]))
+EOF
+fi
 expect 0 bench --T 32 --heads 1 --seconds 0 --no-sgemm --threads 1 --json -
 json "bench to standard output"
 has out '"rows"'

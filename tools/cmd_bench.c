@@ -1,5 +1,10 @@
-/* flashkda bench: shapes or presets, against what the machine can do in the same run: the fp32 matrix
- * product of OpenBLAS for prefill, reading and writing memory in place for decode.
+/* flashkda bench: shapes or presets, against what the machine can do: the fp32 matrix product of OpenBLAS
+ * for prefill, reading and writing memory in place for decode.
+ *
+ * Machines change their speed within seconds, and shared ones more than others. So nothing is
+ * compared that was not measured right after the other: a row is timed in rounds, in each of which every number of
+ * threads has a window of our runs beside a window of the yardstick on as many threads. Ratios are
+ * formed inside a round; the medians over the rounds are what is reported.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -17,7 +22,11 @@
 
 static const char help[] =
     "Usage: flashkda bench [--preset NAME | SHAPE OPTION...] [OPTION...]\n\n"
-    "Times the kernels on random inputs: a warm-up, then the median of several runs.\n\n"
+    "Times the kernels on random inputs: in rounds, each beside what the machine can do at that "
+    "moment\n"
+    "(OpenBLAS's sgemm, reading and writing memory) and on every number of threads. Medians over "
+    "the\n"
+    "rounds, of the ratios too; in brackets their middle half.\n\n"
     "  --preset NAME         cpu, paper, serving, long or decode (comma-separated for several)\n"
     "  --lens L,L,...        prefill of one ragged batch, or\n"
     "  --T T --B B           prefill of B sequences of T tokens (4096, 1)\n"
@@ -27,7 +36,8 @@ static const char help[] =
     "  --dtype TYPE          (bfloat16)\n\n"
     "  --backend NAME|all    (the best)\n"
     "  --threads N,N,...     (1 and as many as this process may use)\n"
-    "  --seconds S           time spent on a row (1)\n"
+    "  --seconds S           time spent on a row, as much again on what it is compared with (1)\n"
+    "  --rounds N            that it is divided into (5)\n"
     "  --no-check            do not compare two heads with the double-precision reference\n"
     "  --no-sgemm            do not measure OpenBLAS\n"
     "  --json FILE           also write the results to FILE (- for standard output)\n"
@@ -35,7 +45,7 @@ static const char help[] =
 
 static FILE *text; /* where the table goes: stderr if standard output takes the JSON */
 
-enum { MAX_ROWS = 256, MAX_THREADS = 8, NAME = 48 };
+enum { MAX_ROWS = 256, MAX_THREADS = 8, MAX_ROUNDS = 64, NAME = 48 };
 
 typedef struct shape {
   char name[NAME];
@@ -48,11 +58,22 @@ typedef struct shape {
   const char *variant;
 } shape;
 
+/* What was seen in each round, and sorted: its quartiles. */
+typedef struct series {
+  double rounds[MAX_ROUNDS];
+  int count;
+  double low, median, high;
+} series;
+
 typedef struct row {
   shape s;
   int32_t threads;
   fkda_plan_info plan;
-  double ms, gflops, sgemm_ratio, gbps, memory_ratio, speedup;
+  series ms;        /* a call */
+  series yardstick; /* sgemm in GFLOP/s or memory in GB/s; empty if it was not measured */
+  series ratio;     /* of our rate to it */
+  series speedup;   /* over one thread; empty in its own row */
+  double work;      /* of a call: GFLOP, or GB of states read and written */
   double error_o, error_state;
 } row;
 
@@ -64,8 +85,8 @@ typedef struct bench {
   const char *backend, *json, *commit;
   bool all_backends, check, sgemm;
   double seconds;
+  int64_t rounds;
   int64_t *threads, thread_count;
-  double sgemm_gflops[MAX_THREADS], memory_gbps[MAX_THREADS]; /* by index into threads */
 } bench;
 
 /* ---- shapes ------------------------------------------------------------------------------------- */
@@ -352,90 +373,155 @@ static bool measure_error(const fkda_call *call, row *r) {
 
 /* ---- rows --------------------------------------------------------------------------------------- */
 
-static void finish_row(const bench *b, row *r, int thread_index) {
-  const shape *s = &r->s;
-  const double D = (double)s->D, tokens = (double)(s->lens ? s->T : s->N * s->T);
-  if (s->op == FKDA_OP_DECODE) {
-    const double bytes =
-        2.0 * (double)(s->N * s->HV) * D * D * (double)fkda_dtype_size(s->state_dtype);
-    r->gbps = bytes / r->ms / 1e6;
-    if (b->memory_gbps[thread_index] > 0) r->memory_ratio = r->gbps / b->memory_gbps[thread_index];
-  } else {
-    r->gflops = tokens * (double)s->HV * (6 * D * D + 8 * 16 * D) / r->ms / 1e6;
-    if (b->sgemm_gflops[thread_index] > 0)
-      r->sgemm_ratio = r->gflops / b->sgemm_gflops[thread_index];
-  }
-  for (int i = 0; i < b->row_count; i++) { /* against one thread of the same row and backend */
-    const row *one = &b->rows[i];
-    const bool same = one->threads == 1 && !strcmp(one->s.name, s->name) &&
-                      !strcmp(one->s.gate, s->gate) && !strcmp(one->s.variant, s->variant) &&
-                      !strcmp(one->plan.backend, r->plan.backend);
-    if (same && r->threads > 1) r->speedup = one->ms / r->ms;
-  }
+static void add(series *x, double value) {
+  if (x->count < MAX_ROUNDS) x->rounds[x->count++] = value;
 }
 
+static int compare(const void *a, const void *b) {
+  const double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+/* At `part` of the way through sorted values, in between where there is none. */
+static double quantile(const double *sorted, int count, double part) {
+  const double at = part * (count - 1);
+  const int below = (int)at, above = below + 1 < count ? below + 1 : below;
+  return sorted[below] + (at - below) * (sorted[above] - sorted[below]);
+}
+
+static void finish_series(series *x) {
+  double sorted[MAX_ROUNDS];
+  if (!x->count) return;
+  memcpy(sorted, x->rounds, sizeof sorted);
+  qsort(sorted, (size_t)x->count, sizeof *sorted, compare);
+  x->low = quantile(sorted, x->count, 0.25);
+  x->median = quantile(sorted, x->count, 0.5);
+  x->high = quantile(sorted, x->count, 0.75);
+}
+
+/* GFLOP of a prefill; GB of the states that a decode reads and writes. */
+static double work_of(const shape *s) {
+  const double D = (double)s->D, tokens = (double)(s->lens ? s->T : s->N * s->T);
+  if (s->op == FKDA_OP_DECODE)
+    return 2e-9 * (double)(s->N * s->HV) * D * D * (double)fkda_dtype_size(s->state_dtype);
+  return 1e-9 * tokens * (double)s->HV * (6 * D * D + 8 * 16 * D);
+}
+
+static double rate(const row *r) { return r->ms.median > 0 ? 1e3 * r->work / r->ms.median : 0; }
+
 static void print_header(void) {
-  fprintf(text, "%-20s %-9s %-7s %-12s %3s %11s %9s %8s %8s %10s %10s\n", "shape", "variant",
+  fprintf(text, "%-20s %-9s %-7s %-12s %3s %11s %9s %15s %18s %10s %10s\n", "shape", "variant",
           "gate", "backend", "thr", "ms", "GFLOP/s", "ratio", "speed-up", "error out",
           "error state");
 }
 
-/* Blank where there is nothing to say. */
-static void print_number(double value, const char *unit) {
-  if (value > 0) {
-    fprintf(text, " %7.2f%s", value, unit);
+/* Median and middle half; blank where there is nothing to say. */
+static void print_series(const series *x, double factor, int digits, const char *unit) {
+  char range[32] = "";
+  if (x->count > 1)
+    snprintf(range, sizeof range, " (%.*f-%.*f)", digits, factor * x->low, digits,
+             factor * x->high);
+  if (x->count) {
+    fprintf(text, " %5.*f%s%-*s", digits, factor * x->median, unit, 8 + 2 * digits, range);
   } else {
-    fprintf(text, " %8s", "");
+    fprintf(text, " %*s", 14 + 2 * digits, "");
   }
 }
 
 static void print_row(const row *r) {
   const bool decode = r->s.op == FKDA_OP_DECODE;
-  const double ratio = decode ? r->memory_ratio : r->sgemm_ratio;
   fprintf(text, "%-20s %-9s %-7s %-12s %3d %11.3f ", r->s.name, r->s.variant, r->s.gate,
-          r->plan.backend, (int)r->threads, r->ms);
-  fprintf(text, decode ? "%5.1fGB/s" : "%9.1f", decode ? r->gbps : r->gflops);
-  print_number(100 * ratio, "%");
-  print_number(r->speedup, "x");
+          r->plan.backend, (int)r->threads, r->ms.median);
+  fprintf(text, decode ? "%5.1fGB/s" : "%9.1f", rate(r));
+  print_series(&r->ratio, 100, 0, "%");
+  print_series(&r->speedup, 1, 2, "x");
   if (r->error_o >= 0) fprintf(text, " %10.2e %10.2e", r->error_o, r->error_state);
   fputc('\n', text);
   fflush(text);
 }
 
-static int measure_row(bench *b, const shape *s, const char *backend, int thread_index,
-                       fkda_call *call) {
-  enum { MOST = 200 };
-  double times[MOST];
-  row r = {.s = *s, .threads = (int32_t)b->threads[thread_index], .error_o = -1, .error_state = -1};
-  int count = 0;
-  r.plan.struct_size = sizeof r.plan;
-  call->header.backend = backend;
-  if (fkda_set_num_threads(r.threads) != FKDA_OK) return fkda_cli_error("%s", fkda_last_error());
+/* ms of a call: of one after the other for `seconds`, the first left out. 0 if it fails. */
+static double window(const fkda_call *call, int32_t threads, double seconds) {
+  if (fkda_set_num_threads(threads) != FKDA_OK || fkda_call_run(call) != FKDA_OK) return 0;
+  const double begin = fkda_cli_now();
+  double spent;
+  int runs = 0;
+  do {
+    if (fkda_call_run(call) != FKDA_OK) return 0;
+    runs++;
+  } while ((spent = fkda_cli_now() - begin) < seconds);
+  return 1e3 * spent / runs;
+}
+
+/* The plan of every number of threads, and a workspace for all of them. */
+static int plan_rows(bench *b, row *rows, fkda_call *call) {
+  size_t most = 0;
   free(call->header.workspace);
   call->header.workspace = NULL;
   call->header.workspace_size = 0;
-  if (fkda_plan(call, &r.plan) != FKDA_OK)
-    return fkda_cli_error("%s: %s", s->name, fkda_last_error());
-  call->header.workspace = aligned_alloc(64, (r.plan.workspace_size + 63) / 64 * 64 + 64);
-  call->header.workspace_size = r.plan.workspace_size;
-  if (!call->header.workspace) return fkda_cli_error("out of memory");
-  fkda_cli_progress("%s, %d threads", s->name, (int)r.threads);
-  if (b->check && !measure_error(call, &r))
-    return fkda_cli_error("%s: %s", s->name, fkda_last_error());
-  for (int i = 0; i < 2; i++) {
-    if (fkda_call_run(call) != FKDA_OK) return fkda_cli_error("%s: %s", s->name, fkda_last_error());
+  for (int64_t t = 0; t < b->thread_count; t++) {
+    rows[t].threads = (int32_t)b->threads[t];
+    rows[t].plan.struct_size = sizeof rows[t].plan;
+    if (fkda_set_num_threads(rows[t].threads) != FKDA_OK ||
+        fkda_plan(call, &rows[t].plan) != FKDA_OK)
+      return fkda_cli_error("%s: %s", rows[t].s.name, fkda_last_error());
+    if (rows[t].plan.workspace_size > most) most = rows[t].plan.workspace_size;
   }
-  const double begin = fkda_cli_now();
-  while (count < 5 || (count < MOST && fkda_cli_now() - begin < b->seconds)) {
-    const double start = fkda_cli_now();
-    fkda_call_run(call);
-    times[count++] = fkda_cli_now() - start;
+  call->header.workspace = aligned_alloc(64, (most + 63) / 64 * 64 + 64);
+  call->header.workspace_size = most;
+  return call->header.workspace ? FKDA_EXIT_OK : fkda_cli_error("out of memory");
+}
+
+/* One row for each number of threads. Every round turns the order round, so that a speed that only falls
+ * or rises favours neither side. */
+static int measure_rows(bench *b, const shape *s, const char *backend, fkda_call *call) {
+  const bool decode = s->op == FKDA_OP_DECODE;
+  const double seconds = b->seconds / (double)b->rounds;
+  row rows[MAX_THREADS];
+  for (int t = 0; t < MAX_THREADS; t++)
+    rows[t] = (row){.s = *s, .work = work_of(s), .error_o = -1, .error_state = -1};
+  call->header.backend = backend;
+  int status = plan_rows(b, rows, call);
+  if (status) return status;
+  for (int64_t t = 0; b->check && t < b->thread_count; t++) {
+    fkda_cli_progress("%s, %d threads: error", s->name, (int)rows[t].threads);
+    if (fkda_set_num_threads(rows[t].threads) != FKDA_OK || !measure_error(call, &rows[t]))
+      return fkda_cli_error("%s: %s", s->name, fkda_last_error());
   }
-  r.ms = 1e3 * fkda_cli_median(times, count);
-  finish_row(b, &r, thread_index);
+  for (int64_t round = 0; round < b->rounds; round++) {
+    /* Step by step: of even rows yardstick and ours, of odd ones ours and yardstick. */
+    const int64_t steps = 2 * b->thread_count;
+    for (int64_t i = 0; i < steps; i++) {
+      const int64_t step = round % 2 ? steps - 1 - i : i;
+      row *r = &rows[step / 2];
+      fkda_cli_progress("%s, round %d of %d", s->name, (int)round + 1, (int)b->rounds);
+      if ((step + step / 2) % 2) {
+        const double ms = window(call, r->threads, seconds);
+        if (ms <= 0) return fkda_cli_error("%s: %s", s->name, fkda_last_error());
+        add(&r->ms, ms);
+      } else if (decode || b->sgemm) {
+        const double found = decode ? fkda_memory_gbps((int)r->threads, seconds)
+                                    : fkda_sgemm_gflops((int)r->threads, seconds);
+        if (found <= 0) return fkda_cli_error("out of memory");
+        add(&r->yardstick, found);
+      }
+    }
+    for (int64_t t = 0; t < b->thread_count; t++) {
+      row *r = &rows[t];
+      const double ms = r->ms.rounds[round];
+      if (r->yardstick.count) add(&r->ratio, 1e3 * r->work / ms / r->yardstick.rounds[round]);
+      if (rows[0].threads == 1 && r->threads > 1) add(&r->speedup, rows[0].ms.rounds[round] / ms);
+    }
+  }
   fkda_cli_progress("%s", "");
-  print_row(&r);
-  if (b->row_count < MAX_ROWS) b->rows[b->row_count++] = r;
+  for (int64_t t = 0; t < b->thread_count; t++) {
+    finish_series(&rows[t].ms);
+    finish_series(&rows[t].yardstick);
+    finish_series(&rows[t].ratio);
+    finish_series(&rows[t].speedup);
+    print_row(&rows[t]);
+    if (b->row_count < MAX_ROWS) b->rows[b->row_count++] = rows[t];
+  }
   return FKDA_EXIT_OK;
 }
 
@@ -456,8 +542,7 @@ static int measure_shape(bench *b, const shape *s) {
     } else if (i) {
       break;
     }
-    for (int64_t t = 0; t < b->thread_count && !status; t++)
-      status = measure_row(b, s, name, (int)t, &call);
+    status = measure_rows(b, s, name, &call);
   }
   release(&call);
   return status;
@@ -469,8 +554,31 @@ static void json_positive(fkda_json *j, const char *key, double value) {
   fkda_json_real(j, key, value > 0 ? value : (double)NAN);
 }
 
+/* "key": median, and beside it what the median is of. */
+static void json_series(fkda_json *j, const char *key, const series *x) {
+  char name[NAME];
+  json_positive(j, key, x ? x->median : 0);
+  snprintf(name, sizeof name, "%s_rounds", key);
+  fkda_json_open(j, name, '[');
+  for (int i = 0; x && i < x->count; i++) fkda_json_real(j, NULL, x->rounds[i]);
+  fkda_json_close(j, ']');
+}
+
+/* Median over all rounds of all rows on that many threads; 0 if there are none. */
+static double yardstick(const bench *b, bool decode, int64_t threads) {
+  static double values[MAX_ROWS * MAX_ROUNDS];
+  int count = 0;
+  for (int i = 0; i < b->row_count; i++) {
+    const row *r = &b->rows[i];
+    if (r->threads != threads || (r->s.op == FKDA_OP_DECODE) != decode) continue;
+    for (int k = 0; k < r->yardstick.count; k++) values[count++] = r->yardstick.rounds[k];
+  }
+  return count ? fkda_cli_median(values, count) : 0;
+}
+
 static void write_row(fkda_json *j, const row *r) {
   const shape *s = &r->s;
+  const bool decode = s->op == FKDA_OP_DECODE;
   char plan[160];
   snprintf(plan, sizeof plan, "chunk %d, %" PRId64 " tasks, V in %d", (int)r->plan.chunk,
            r->plan.tasks, (int)r->plan.value_split);
@@ -496,13 +604,15 @@ static void write_row(fkda_json *j, const row *r) {
   fkda_json_text(j, "state_dtype", fkda_dtype_short(s->state_dtype));
   fkda_json_text(j, "plan", plan);
   fkda_json_int(j, "threads", r->threads);
-  fkda_json_real(j, "ms", r->ms);
+  json_series(j, "ms", &r->ms);
   fkda_json_text(j, "floor_ms", NULL);
-  json_positive(j, "gflops", r->gflops);
-  json_positive(j, "sgemm_ratio", r->sgemm_ratio);
-  json_positive(j, "state_gbps", r->gbps);
-  json_positive(j, "memory_ratio", r->memory_ratio);
-  json_positive(j, "speedup", r->speedup);
+  json_positive(j, "gflops", decode ? 0 : rate(r));
+  json_series(j, "sgemm_gflops", decode ? NULL : &r->yardstick);
+  json_series(j, "sgemm_ratio", decode ? NULL : &r->ratio);
+  json_positive(j, "state_gbps", decode ? rate(r) : 0);
+  json_series(j, "memory_gbps", decode ? &r->yardstick : NULL);
+  json_series(j, "memory_ratio", decode ? &r->ratio : NULL);
+  json_series(j, "speedup", &r->speedup);
   fkda_json_open(j, "peers_ms", '{');
   fkda_json_close(j, '}');
   fkda_json_real(j, "error_o", r->error_o < 0 ? (double)NAN : r->error_o);
@@ -530,14 +640,14 @@ static int write_json(const bench *b) {
   fkda_json_text(&j, "driver", NULL);
   fkda_json_open(&j, "clocks_mhz", '{');
   fkda_json_close(&j, '}');
-  json_positive(&j, "copy_gbps", b->memory_gbps[b->thread_count - 1]);
-  json_positive(&j, "sgemm_gflops", b->sgemm_gflops[b->thread_count - 1]);
+  json_positive(&j, "copy_gbps", yardstick(b, true, b->threads[b->thread_count - 1]));
+  json_positive(&j, "sgemm_gflops", yardstick(b, false, b->threads[b->thread_count - 1]));
   fkda_json_open(&j, "rates", '[');
   for (int64_t i = 0; i < b->thread_count; i++) {
     fkda_json_open(&j, NULL, '{');
     fkda_json_int(&j, "threads", b->threads[i]);
-    json_positive(&j, "sgemm_gflops", b->sgemm_gflops[i]);
-    json_positive(&j, "memory_gbps", b->memory_gbps[i]);
+    json_positive(&j, "sgemm_gflops", yardstick(b, false, b->threads[i]));
+    json_positive(&j, "memory_gbps", yardstick(b, true, b->threads[i]));
     fkda_json_close(&j, '}');
   }
   fkda_json_close(&j, ']');
@@ -553,36 +663,14 @@ static int write_json(const bench *b) {
   return FKDA_EXIT_OK;
 }
 
-/* The machine's own rates; called before the rows and after, the better one counts. */
-static void measure_rates(bench *b) {
-  bool decode = false, prefill = false;
-  for (int i = 0; i < b->shape_count; i++) {
-    decode |= b->shapes[i].op == FKDA_OP_DECODE;
-    prefill |= b->shapes[i].op != FKDA_OP_DECODE;
-  }
-  for (int64_t i = 0; i < b->thread_count; i++) {
-    if (b->sgemm && prefill) {
-      fkda_cli_progress("measuring sgemm, %d threads", (int)b->threads[i]);
-      const double rate = fkda_sgemm_gflops((int)b->threads[i]);
-      if (rate > b->sgemm_gflops[i]) b->sgemm_gflops[i] = rate;
-    }
-    if (decode) {
-      fkda_cli_progress("measuring memory, %d threads", (int)b->threads[i]);
-      const double rate = fkda_memory_gbps((int)b->threads[i]);
-      if (rate > b->memory_gbps[i]) b->memory_gbps[i] = rate;
-    }
-  }
-  fkda_cli_progress("%s", "");
-}
-
 static void print_rates(const bench *b) {
   for (int64_t i = 0; i < b->thread_count; i++) {
+    const double sgemm = yardstick(b, false, b->threads[i]);
+    const double memory = yardstick(b, true, b->threads[i]);
+    if (sgemm <= 0 && memory <= 0) continue;
     fprintf(text, "%d thread%s:", (int)b->threads[i], b->threads[i] == 1 ? "" : "s");
-    if (b->sgemm_gflops[i] > 0) {
-      fprintf(text, " sgemm %.1f GFLOP/s (OpenBLAS, %s)", b->sgemm_gflops[i], fkda_sgemm_core());
-    }
-    if (b->memory_gbps[i] > 0)
-      fprintf(text, " memory %.1f GB/s read and written", b->memory_gbps[i]);
+    if (sgemm > 0) fprintf(text, " sgemm %.1f GFLOP/s (OpenBLAS, %s)", sgemm, fkda_sgemm_core());
+    if (memory > 0) fprintf(text, " memory %.1f GB/s read and written", memory);
     fputc('\n', text);
   }
 }
@@ -595,19 +683,10 @@ static int run(bench *b) {
     fprintf(stderr, "flashkda: libopenblas.so.0 not found; no sgemm rate\n");
     b->sgemm = false;
   }
-  measure_rates(b);
   fprintf(text, "%s\n", fkda_cli_cpu(cpu, sizeof cpu));
-  print_rates(b);
   print_header();
   for (int i = 0; i < b->shape_count && !status; i++) status = measure_shape(b, &b->shapes[i]);
-  measure_rates(b); /* a busy neighbour during the first measurement would flatter us */
-  fputs("the better rates of before and after, which the JSON's ratios refer to\n", text);
   print_rates(b);
-  for (int i = 0; i < b->row_count; i++) {
-    for (int64_t t = 0; t < b->thread_count; t++) {
-      if (b->rows[i].threads == b->threads[t]) finish_row(b, &b->rows[i], (int)t);
-    }
-  }
   return !status && b->json ? write_json(b) : status;
 }
 
@@ -625,6 +704,7 @@ int fkda_cmd_bench(int argc, char **argv) {
                                           {"backend", required_argument, NULL, 'b'},
                                           {"threads", required_argument, NULL, 't'},
                                           {"seconds", required_argument, NULL, 's'},
+                                          {"rounds", required_argument, NULL, 'r'},
                                           {"no-check", no_argument, NULL, 'c'},
                                           {"no-sgemm", no_argument, NULL, 'S'},
                                           {"json", required_argument, NULL, 'j'},
@@ -643,6 +723,7 @@ int fkda_cmd_bench(int argc, char **argv) {
   if (!b) return fkda_cli_error("out of memory");
   b->check = b->sgemm = true;
   b->seconds = 1;
+  b->rounds = 5;
   while (good && (option = getopt_long(argc, argv, "h", options, NULL)) != -1) {
     switch (option) {
       case 'h': free(b); return puts(help) < 0;
@@ -673,6 +754,7 @@ int fkda_cmd_bench(int argc, char **argv) {
         b->seconds = strtod(optarg, &end);
         good = end != optarg && !*end && b->seconds >= 0 && b->seconds < 1e4;
         break;
+      case 'r': good = fkda_cli_integer(optarg, 1, MAX_ROUNDS, &b->rounds); break;
       case 'c': b->check = false; break;
       case 'S': b->sgemm = false; break;
       case 'j': b->json = optarg; break;

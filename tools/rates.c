@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "cli.h"
@@ -65,37 +64,36 @@ static void choose_core(void) {
 
 bool fkda_sgemm_load(void) {
   choose_core();
+  setenv("OPENBLAS_THREAD_TIMEOUT", "4",
+         0); /* else its idle threads spin into what is timed next */
   return load();
 }
 
 const char *fkda_sgemm_core(void) { return corename ? corename() : NULL; }
 const char *fkda_sgemm_config(void) { return config ? config() : NULL; }
 
-static void rest(void) {
-  const struct timespec pause = {0, 150000000}; /* idle workers of either pool go to sleep */
-  nanosleep(&pause, NULL);
-}
-
-double fkda_sgemm_gflops(int threads) {
-  enum { SIZE = 2048, RUNS = 7, ROW_MAJOR = 101, NO_TRANS = 111 };
+double fkda_sgemm_gflops(int threads, double seconds) {
+  enum { SIZE = 2048, WARM = 256, ROW_MAJOR = 101, NO_TRANS = 111 };
+  static float *a; /* and b and c: made once */
   const size_t count = (size_t)SIZE * SIZE;
-  float *a = malloc(3 * count * sizeof *a);
-  double times[RUNS];
-  if (!a) return 0;
-  float *b = a + count, *c = b + count;
-  fkda_random random;
-  fkda_random_seed(&random, 7);
-  for (size_t i = 0; i < 3 * count; i++) a[i] = (float)fkda_random_uniform(&random) - 0.5f;
-  rest();
-  set_threads(threads);
-  for (int i = -1; i < RUNS; i++) {
-    const double start = fkda_cli_now();
-    sgemm(ROW_MAJOR, NO_TRANS, NO_TRANS, SIZE, SIZE, SIZE, 1, a, SIZE, b, SIZE, 0, c, SIZE);
-    if (i >= 0) times[i] = fkda_cli_now() - start;
+  if (!a) {
+    if (!(a = malloc(3 * count * sizeof *a))) return 0;
+    fkda_random random;
+    fkda_random_seed(&random, 7);
+    for (size_t i = 0; i < 3 * count; i++) a[i] = (float)fkda_random_uniform(&random) - 0.5f;
   }
-  free(a);
-  rest();
-  return 2.0 * SIZE * SIZE * SIZE / fkda_cli_median(times, RUNS) / 1e9;
+  const float *b = a + count;
+  float *c = a + 2 * count;
+  set_threads(threads);
+  sgemm(ROW_MAJOR, NO_TRANS, NO_TRANS, WARM, WARM, WARM, 1, a, SIZE, b, SIZE, 0, c, SIZE);
+  const double begin = fkda_cli_now();
+  double spent;
+  int runs = 0;
+  do {
+    sgemm(ROW_MAJOR, NO_TRANS, NO_TRANS, SIZE, SIZE, SIZE, 1, a, SIZE, b, SIZE, 0, c, SIZE);
+    runs++;
+  } while ((spent = fkda_cli_now() - begin) < seconds);
+  return 2.0 * SIZE * SIZE * SIZE * runs / spent / 1e9;
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */
@@ -105,33 +103,48 @@ typedef struct sweep {
   pthread_mutex_t *gate; /* closed until all threads exist */
   float *data;
   size_t count;
-  int passes;
-  double begin, end;
+  double seconds, rate; /* wanted; elements a second */
 } sweep;
 
 static void scale(float *restrict x, size_t count, float factor) {
   for (size_t i = 0; i < count; i++) x[i] *= factor;
 }
 
+/* Round and round its part of the buffer, in pieces short enough to end in time. */
 static void *sweep_main(void *argument) {
+  enum { PIECE = 1 << 20 };
   sweep *s = argument;
   pthread_mutex_lock(s->gate);
   pthread_mutex_unlock(s->gate);
-  s->begin = fkda_cli_now();
-  for (int i = 0; i < s->passes; i++) scale(s->data, s->count, i % 2 ? 1.0001f : 0.9999f);
-  s->end = fkda_cli_now();
+  const double begin = fkda_cli_now();
+  double spent, done = 0;
+  size_t at = 0;
+  float factor = 0.9999f;
+  do {
+    const size_t piece = s->count - at < PIECE ? s->count - at : PIECE;
+    scale(s->data + at, piece, factor);
+    done += (double)piece;
+    at += piece;
+    if (at == s->count) {
+      at = 0;
+      factor = 2 - factor; /* nothing overflows or vanishes */
+    }
+  } while ((spent = fkda_cli_now() - begin) < s->seconds);
+  s->rate = done / spent;
   return NULL;
 }
 
-double fkda_memory_gbps(int threads) {
-  enum { PASSES = 6, MOST = 256 };
+double fkda_memory_gbps(int threads, double seconds) {
+  enum { MOST = 256 };
+  static float *data;                   /* made once */
   const size_t count = (size_t)1 << 28; /* 1 GiB */
   sweep sweeps[MOST];
   pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
   if (threads > MOST) threads = MOST;
-  float *data = malloc(count * sizeof *data);
-  if (!data) return 0;
-  for (size_t i = 0; i < count; i++) data[i] = 1 + (float)(i & 1023) * 1e-3f;
+  if (!data) {
+    if (!(data = malloc(count * sizeof *data))) return 0;
+    for (size_t i = 0; i < count; i++) data[i] = 1 + (float)(i & 1023) * 1e-3f;
+  }
   int started = 0;
   pthread_mutex_lock(&gate);
   for (; started < threads; started++) {
@@ -139,17 +152,14 @@ double fkda_memory_gbps(int threads) {
     const size_t last =
         started + 1 == threads ? count : count / (size_t)threads * (size_t)(started + 1);
     sweeps[started] =
-        (sweep){.gate = &gate, .data = data + first, .count = last - first, .passes = PASSES};
+        (sweep){.gate = &gate, .data = data + first, .count = last - first, .seconds = seconds};
     if (pthread_create(&sweeps[started].thread, NULL, sweep_main, &sweeps[started])) break;
   }
   pthread_mutex_unlock(&gate);
-  double begin = 1e300, end = 0;
+  double rate = 0;
   for (int i = 0; i < started; i++) {
     pthread_join(sweeps[i].thread, NULL);
-    begin = sweeps[i].begin < begin ? sweeps[i].begin : begin;
-    end = sweeps[i].end > end ? sweeps[i].end : end;
+    rate += sweeps[i].rate;
   }
-  free(data);
-  if (started < threads) return 0;
-  return 2.0 * PASSES * (double)(count * sizeof *data) / (end - begin) / 1e9;
+  return started < threads ? 0 : 2.0 * sizeof *data * rate / 1e9;
 }

@@ -9,13 +9,15 @@
 
 /** Loads libopenblas.so.0; false if it is not there. */
 bool fkda_sgemm_load(void);
-/** Rate of a 2048 x 2048 x 2048 fp32 matrix product on that many threads, the median of several. */
-double fkda_sgemm_gflops(int threads);
+/** Rate of 2048 x 2048 x 2048 fp32 matrix products on that many threads over at least `seconds`; 0 if there is no
+ *  memory for them. */
+double fkda_sgemm_gflops(int threads, double seconds);
 /** The kernels that OpenBLAS chose ("SkylakeX") and its build description. */
 const char *fkda_sgemm_core(void);
 const char *fkda_sgemm_config(void);
 
-/** Bytes read plus bytes written a second, in GB, by x = a * x over a buffer larger than any cache. */
-double fkda_memory_gbps(int threads);
+/** Bytes read plus bytes written a second, in GB, by x = a * x over a buffer larger than any cache, on that
+ *  many threads over at least `seconds`; 0 if there is no memory for it. */
+double fkda_memory_gbps(int threads, double seconds);
 
 #endif
