@@ -44,7 +44,7 @@ import time
 
 import flash_kda
 import torch
-from flash_kda import bench, ops
+from flash_kda import _C, bench, ops
 from flash_kda.integrations import transformers as integration
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -77,6 +77,8 @@ class Calls:
     def __init__(self):
         self.count = {"prefill": 0, "decode": 0}
         self._wrap(flash_kda, "fwd", "prefill")
+        self._wrap(_C, "_prefill_results", "prefill")
+        self._wrap(_C, "_recurrent_results", "decode")
         self._wrap(ops, "prefill", "prefill")
         self._wrap(ops, "decode", "decode")
         self._wrap(ops, "recurrent", "decode")
@@ -86,8 +88,9 @@ class Calls:
 
         @functools.wraps(run)
         def counting(*arguments, **keywords):
-            self.count[kind] += 1
-            return run(*arguments, **keywords)
+            results = run(*arguments, **keywords)
+            self.count[kind] += results is not NotImplemented  # else another one follows
+            return results
 
         setattr(owner, name, counting)
 

@@ -5,7 +5,8 @@ Method: the same call is made n times from a Python loop, and n times from a C l
 (`_C._time_calls`, which builds the argument struct once and calls fkda_prefill or fkda_decode with it).
 The difference of the two, less the Python loop itself, is the overhead: matching the arguments, reading
 the tensors, releasing the GIL, keeping the workspace. The two loops alternate, and of each the fastest of
-`--repeats` short rounds is taken: other work on the machine can only add to it. The problem is tiny (no
+`--repeats` rounds of about a millisecond is taken: other work on the machine can only add to it, and
+some rounds are too short to meet any. The problem is tiny (no
 tokens, or one token of one small head on one thread) so that the kernel's own time does not drown the
 difference. On CUDA the C call returns when the kernel is queued; rounds are short enough that the queue
 never fills, and each begins with the device idle.
@@ -114,8 +115,8 @@ def allocation(results):
     """Microseconds that torch takes to allocate what is like these, one after the other."""
     import torch
 
-    rounds = [sum(python_loop(torch.empty_like, 500, (x,), {}) for x in results) for _ in range(50)]
-    return 1e6 * min(rounds) / 500
+    rounds = [sum(python_loop(torch.empty_like, 100, (x,), {}) for x in results) for _ in range(500)]
+    return 1e6 * min(rounds) / 100
 
 
 def measure(function, arguments, keywords, c_name, c_arguments, c_keywords, n, repeats, wait):
@@ -156,8 +157,8 @@ def commit():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000, help="calls in a round")
-    parser.add_argument("--repeats", type=int, default=100, help="rounds")
+    parser.add_argument("--calls", type=int, default=100, help="calls in a round")
+    parser.add_argument("--repeats", type=int, default=1000, help="rounds")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     options = parser.parse_args()
 

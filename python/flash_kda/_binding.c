@@ -590,7 +590,7 @@ static PyObject *summary(PyObject *self, PyObject *const *args, Py_ssize_t count
   return finish(&c, read_summary(&c), Py_None);
 }
 
-/* ---- the short way of flash_kda.ops ------------------------------------------------------------ */
+/* ---- the short way of flash_kda.functional ----------------------------------------------------- */
 
 /* From ops.py: torch.Tensor, torch.empty_like, and functions of torch with what they answer where its
  * dispatcher would do nothing but call us. */
@@ -643,8 +643,8 @@ static PyObject *empty_like(call *c, PyObject *object, fkda_tensor *tensor) {
   return result;
 }
 
-/* The usual call with its results allocated, in microseconds less than ops.py needs for it. Whatever is
- * not usual, errors included, is left to ops.py: NotImplemented. */
+/* The usual call with its results allocated, in microseconds less than Python needs for it. Whatever is
+ * not usual, float64 and errors included, is left to ops.py: NotImplemented. */
 static PyObject *results_of(PyObject *const *args, Py_ssize_t count, PyObject *keywords, bool few) {
   call c;
   if (parse(&c, &results_signature, args, count, keywords)) return NULL;
@@ -665,9 +665,7 @@ static PyObject *results_of(PyObject *const *args, Py_ssize_t count, PyObject *k
     if (out && store)
       final = empty_like(&c, c.value[P_initial_state], few ? &d->state : &p->final_state);
     if (out && (final || !store) && run_without_gil(&c) == FKDA_OK) {
-      PyObject *state = store ? final : Py_None;
-      result =
-          few ? Py_BuildValue("(OO)", out, state) : Py_BuildValue("(OOO)", out, state, Py_None);
+      result = PyTuple_Pack(2, out, store ? final : Py_None);
     }
   }
   tensors_release(&c.tensors);

@@ -10,7 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C, ops
+from .ops import is_compiling
 
 # Tokens a sequence up to which the decode kernel takes them.
 _MAX_DECODE = 8
@@ -166,13 +167,14 @@ def chunk_kda(
 
     if transpose_state_layout is not None:
         state_v_first = _v_first(state_v_first, transpose_state_layout)
-    if not (grad or return_intermediate_states or q.dtype is torch.float64):  # the usual call
-        out, final_state, _ = ops.prefill(
+    if not (grad or return_intermediate_states or is_compiling()):  # the usual call, all of it in C
+        results = _C._prefill_results(
             q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
             use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
             "vk" if state_v_first else "kv", output_final_state,
         )  # fmt: skip
-        return out, final_state
+        if results is not NotImplemented:
+            return results
 
     every = rows = 0
     if return_intermediate_states:
@@ -236,6 +238,14 @@ def fused_recurrent_kda(
             dispatch=grad,
         )  # fmt: skip
         return out, final_state
+    if not is_compiling():  # the usual call, all of it in C
+        results = _C._recurrent_results(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None, gate,
+            use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
+            output_final_state,
+        )  # fmt: skip
+        if results is not NotImplemented:
+            return results
     return ops.recurrent(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, gate,
         use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,

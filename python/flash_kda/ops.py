@@ -14,7 +14,8 @@ v (and out) then take the autocast dtype, while gates, beta and states keep thei
 prefill() and recurrent() here are the same operations for Python callers: plain tensors in eager mode go
 straight to the C extension, because torch's dispatcher costs more than the rest of the call; everything
 else (tracing, tensor subclasses, dispatch modes, functorch, autocast) goes through the operator. The usual
-call, without copies and checkpoints, is one call of C from here, its results allocated there.
+call, without copies and checkpoints, does not come here: functional.py makes it, results included, by one
+call of C.
 """
 
 import torch
@@ -27,7 +28,7 @@ if not hasattr(torch.library, "register_fake"):
 
 _CONTIGUOUS = torch.contiguous_format
 _FLOAT32 = torch.float32
-_is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_compiling
 
 # What torch says about itself where its dispatcher would do nothing with plain tensors but call us: no
 # dispatch mode, no functorch transform, no tracing, no autocast.
@@ -127,7 +128,7 @@ def _checkpoints_like(q, v, rows, state_layout):
 def _direct(*tensors: Tensor | None) -> bool:
     """Whether torch's dispatcher would do nothing but call us."""
     return (
-        not _is_compiling()
+        not is_compiling()
         and all(function() == answer for function, answer in _PLAIN_STATE)
         and all(x is None or (type(x) is Tensor and not x.is_meta) for x in tensors)
     )
@@ -154,16 +155,6 @@ def prefill(
     zero_out: rows of out that belong to no sequence are zero, not what the memory held. With `here` the
     operator is what calls, and the tensors are the real ones. With `dispatch` it is called in any case:
     gradients are needed."""
-    if not (
-        here or dispatch or checkpoint_rows or zero_out or batch_invariant or backend is not None
-    ):
-        if not _is_compiling():  # the usual call, all of it in C
-            results = _C._prefill_results(
-                q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens,
-                gate, l2norm, beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
-            )  # fmt: skip
-            if results is not NotImplemented:
-                return results
     if dispatch or not (here or _direct(q, k, v, g, beta, initial_state)):
         # torch.func's transforms want to see an autograd.Function before the dispatcher does.
         transformed = dispatch and torch._C._functorch.maybe_current_level() is not None
@@ -210,13 +201,6 @@ def recurrent(
     allow_neg_eigval, state_layout, output_final_state, backend=None, *, here=False,
 ):  # fmt: skip
     """The operator recurrent: prefill for 1 to 8 tokens a sequence, on the decode kernel."""
-    if not here and not _is_compiling() and backend is None:
-        results = _C._recurrent_results(
-            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None, gate, l2norm,
-            beta_is_logit, allow_neg_eigval, state_layout, output_final_state,
-        )  # fmt: skip
-        if results is not NotImplemented:
-            return results
     if not here and not _direct(q, k, v, g, beta, initial_state):
         out, final = torch.ops.flash_kda.recurrent.default(
             q, k, v, g, beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,

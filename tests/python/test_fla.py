@@ -13,7 +13,7 @@ import flash_kda
 import numpy as np
 import pytest
 import torch
-from problems import TOLERANCE, Torch, bits, error, problem
+from problems import TOLERANCE, Torch, bits, error, problem, wrap_functions
 from test_functional import flags
 
 kda = pytest.importorskip("fla.ops.kda", exc_type=ImportError)
@@ -140,17 +140,21 @@ class Registered:
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     result = Registered()
-    for name in ("prefill", "recurrent"):
-        run = getattr(flash_kda.ops, name)
 
-        def counting(*arguments, run=run, name=name, **keywords):
-            result.calls.append(name)
-            return run(*arguments, **keywords)
+    def counted(kind, run):
+        def call(*arguments, **keywords):
+            results = run(*arguments, **keywords)
+            if results is not NotImplemented:
+                result.calls.append(kind)
+            return results
 
-        monkeypatch.setattr(flash_kda.ops, name, counting)
+        return call
+
+    undo = wrap_functions(counted)
     yield result
+    undo()
     integration.unregister()
 
 
@@ -325,11 +329,13 @@ print(flash_kda.integrations.fla.register())
 q = torch.randn(1, 5, 2, 64)
 arguments = q, q, q, -q.abs(), q[..., 0].sigmoid()
 calls = []
-for name in ("prefill", "recurrent"):
-    def counting(*a, run=getattr(flash_kda.ops, name), **k):
-        calls.append(run)
+def counted(kind, run):
+    def call(*a, **k):
+        calls.append(kind)
         return run(*a, **k)
-    setattr(flash_kda.ops, name, counting)
+    return call
+flash_kda._C._prefill_results = counted("prefill", flash_kda._C._prefill_results)
+flash_kda._C._recurrent_results = counted("recurrent", flash_kda._C._recurrent_results)
 for name in ("chunk_kda", "fused_recurrent_kda"):
     try:
         getattr(fla.ops.kda, name)(*arguments, scale=1.0)

@@ -11,7 +11,7 @@ import flash_kda
 import pytest
 import torch
 from flash_kda import ops
-from problems import error, problem
+from problems import error, problem, wrap_functions
 from test_cuda import DECODE_TOLERANCE, REASON, TOLERANCE, on_device, same_bits
 
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -275,21 +275,21 @@ def fla():
     layers = pytest.importorskip("fla.layers.kda", exc_type=ImportError)
     integration = importlib.import_module("flash_kda.integrations.fla")
     seen = []
-    originals = {}
-    for name in ("prefill", "recurrent"):
-        run = originals[name] = getattr(ops, name)
 
-        def counting(*arguments, run=run, name=name, **keywords):
+    def looking(kind, run):
+        def call(*arguments, **keywords):
             results = run(*arguments, **keywords)
-            seen.append((name, arguments, results))
+            if results is not NotImplemented:
+                seen.append((kind, arguments, results))
             return results
 
-        setattr(ops, name, counting)
+        return call
+
+    undo = wrap_functions(looking)
     integration.register()
     yield types.SimpleNamespace(layer=layers.KimiDeltaAttention, seen=seen)
     integration.unregister()
-    for name, run in originals.items():
-        setattr(ops, name, run)
+    undo()
 
 
 def naive(arguments):

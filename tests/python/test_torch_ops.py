@@ -141,7 +141,7 @@ def test_the_short_way_is_for_the_usual_call():
         recurrent = flash_kda._C._recurrent_results(*arguments)
         return prefill is not NotImplemented, recurrent is not NotImplemented
 
-    out, final, _ = flash_kda._C._prefill_results(*names.values())
+    out, final = flash_kda._C._prefill_results(*names.values())
     assert [bits(out), bits(final)] == [bits(x) for x in p.fwd(Torch)]
     out, final = flash_kda._C._recurrent_results(*names.values())
     expected = flash_kda.fused_recurrent_kda(

@@ -11,6 +11,7 @@ import copy
 import importlib
 import importlib.util
 import itertools
+import pathlib
 import textwrap
 
 import pytest
@@ -19,8 +20,8 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
 import flash_kda.integrations.transformers as integration  # noqa: E402
-from flash_kda import ops  # noqa: E402
-from problems import DEVICES  # noqa: E402
+from flash_kda import _C, ops  # noqa: E402
+from problems import DEVICES, wrap_functions  # noqa: E402
 
 KIMI = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
 MODULES = {"kimi_linear": KIMI}
@@ -62,18 +63,21 @@ def calls(monkeypatch):
     """How often our prefill and decode were called; they still run."""
     count = {"prefill": 0, "decode": 0}
 
-    def counted(name, kind):
-        run = getattr(ops, name)
+    def counted(kind, run):
+        kind = "prefill" if kind == "prefill" else "decode"
 
         def call(*arguments, **keywords):
-            count[kind] += not keywords.get("here")  # the operator calls it a second time
-            return run(*arguments, **keywords)
+            results = run(*arguments, **keywords)
+            # The operator calls a second time; another call follows NotImplemented.
+            count[kind] += results is not NotImplemented and not keywords.get("here")
+            return results
 
-        monkeypatch.setattr(ops, name, call)
+        return call
 
-    for name, kind in [("prefill", "prefill"), ("decode", "decode"), ("recurrent", "decode")]:
-        counted(name, kind)
-    return count
+    monkeypatch.setattr(ops, "decode", counted("decode", ops.decode))
+    undo = wrap_functions(counted)
+    yield count
+    undo()
 
 
 @contextlib.contextmanager
@@ -201,13 +205,13 @@ def test_logits_are_stocks(name, fused_gate):
 
 def test_fused_gate_is_used_unless_refused(monkeypatch):
     seen = []
-    prefill = ops.prefill
+    prefill = _C._prefill_results
 
     def looking(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, *rest, **options):
         seen.append((rest[2], g.dtype, lower_bound))
         return prefill(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, *rest, **options)
 
-    monkeypatch.setattr(ops, "prefill", looking)
+    monkeypatch.setattr(_C, "_prefill_results", looking)
     for name, fused, expected in [
         ("kimi_linear", True, ("softplus", torch.float32, None)),
         ("kimi_linear", False, ("direct", torch.float32, None)),
@@ -743,17 +747,21 @@ def test_with_and_without_fla(first, fla, tmp_path, run_python):
 
 
 THROUGH_FLA = """
+import sys
 import torch
 torch.set_num_threads(1)
 import flash_kda.integrations.fla
 flash_kda.integrations.fla.register()
-from flash_kda import ops
+sys.path.insert(0, {here!r})
+from problems import wrap_functions
 count = {{}}
-for name in {names!r}:
-    def counting(*a, name=name, run=getattr(ops, name), **b):
-        count[name] = count.get(name, 0) + 1
-        return run(*a, **b)
-    setattr(ops, name, counting)
+def counting(kind, run):
+    def call(*a, **b):
+        results = run(*a, **b)
+        count[kind] = count.get(kind, 0) + (results is not NotImplemented)
+        return results
+    return call
+wrap_functions(counting)
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 config = KimiLinearConfig(**{sizes!r})
 torch.manual_seed(0)
@@ -773,8 +781,7 @@ def test_through_flas_functions(run_python):
     """What transformers offers by itself: it takes FLA's functions, and these are ours after register()."""
     sizes = {**SIZES, "qk_rope_head_dim": 16, "mlp_layer_types": ["dense"] * (KDA_LAYERS + 1)}
     sizes["layer_types"] = ["linear_attention"] * KDA_LAYERS + ["full_attention"]
-    names = ["prefill", "recurrent"]
-    out = run_python(THROUGH_FLA.format(sizes=sizes, names=names))
+    out = run_python(THROUGH_FLA.format(sizes=sizes, here=str(pathlib.Path(__file__).parent)))
     count, through_fla, direct = out.splitlines()[-1].split(";")
     print(f"through FLA's functions: {count}, {through_fla}; enable(): {direct}")
     assert sum(eval(count).values()) == KDA_LAYERS * 8
