@@ -6,7 +6,7 @@ Method: the same call is made n times from a Python loop, and n times from a C l
 The difference of the two, less the Python loop itself, is the overhead: matching the arguments, reading
 the tensors, releasing the GIL, keeping the workspace. The two loops alternate, and of each the fastest of
 `--repeats` rounds of about a millisecond is taken: other work on the machine can only add to it, and
-some rounds are too short to meet any. The problem is tiny (no
+some rounds are too short to meet any. The garbage collector is off, as in timeit. The problem is tiny (no
 tokens, or one token of one small head on one thread) so that the kernel's own time does not drown the
 difference. On CUDA the C call returns when the kernel is queued; rounds are short enough that the queue
 never fills, and each begins with the device idle.
@@ -17,6 +17,7 @@ C call on results that exist, and the time that torch takes to allocate them is 
 
 import argparse
 import datetime
+import gc
 import json
 import pathlib
 import platform
@@ -101,11 +102,20 @@ def torch_problems(convert):
         )
 
 
-def python_loop(function, n, arguments, keywords):
-    begin = time.perf_counter()
+def python_loop(function, arguments, keywords):
+    """A function that makes the call n times, written out as a caller would write it, and says how long it took."""
+    given = [f"a{i}" for i in range(len(arguments))] + [f"{name}={name}" for name in keywords]
+    names = dict(function=function, clock=time.perf_counter, **keywords)
+    names.update((f"a{i}", x) for i, x in enumerate(arguments))
+    text = f"""
+def loop(n, {", ".join(f"{name}={name}" for name in names)}):
+    begin = clock()
     for _ in range(n):
-        function(*arguments, **keywords)
-    return time.perf_counter() - begin
+        function({", ".join(given)})
+    return clock() - begin
+"""
+    exec(text, names)
+    return names["loop"]
 
 
 CUDA_CALLS = 200  # in a round: fewer than a stream's queue holds
@@ -115,16 +125,17 @@ def allocation(results):
     """Microseconds that torch takes to allocate what is like these, one after the other."""
     import torch
 
-    rounds = [sum(python_loop(torch.empty_like, 100, (x,), {}) for x in results) for _ in range(500)]
-    return 1e6 * min(rounds) / 100
+    loops = [python_loop(torch.empty_like, (x,), {}) for x in results]
+    return 1e6 * min(sum(loop(100) for loop in loops) for _ in range(500)) / 100
 
 
 def measure(function, arguments, keywords, c_name, c_arguments, c_keywords, n, repeats, wait):
     whole, c_call, loop = [], [], []
-    python_loop(function, n, arguments, keywords)
+    python = python_loop(function, arguments, keywords)
+    python(n)
     for _ in range(repeats):
         wait()
-        whole.append(python_loop(function, n, arguments, keywords) / n)
+        whole.append(python(n) / n)
         wait()
         c_call.append(_C._time_calls(n, c_name, *c_arguments, **c_keywords) / n)
         begin = time.perf_counter()
@@ -162,6 +173,7 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     options = parser.parse_args()
 
+    gc.disable()
     flash_kda.set_num_threads(1)
     libraries = {"numpy": lambda a: a}
     versions = {"python": platform.python_version(), "numpy": np.__version__}

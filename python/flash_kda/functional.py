@@ -230,6 +230,15 @@ def fused_recurrent_kda(
         state_v_first = _v_first(state_v_first, transpose_state_layout)
     layout = "vk" if state_v_first else "kv"
 
+    if not (grad or cu_seqlens is not None or is_compiling()):  # the usual call, all of it in C; it
+        # refuses more tokens than the decode kernel takes
+        results = _C._recurrent_results(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None, gate,
+            use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
+            output_final_state,
+        )  # fmt: skip
+        if results is not NotImplemented:
+            return results
     if grad or cu_seqlens is not None or q.ndim != 4 or not 0 < q.shape[1] <= _MAX_DECODE:
         out, final_state, _ = ops.prefill(
             q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
@@ -238,14 +247,6 @@ def fused_recurrent_kda(
             dispatch=grad,
         )  # fmt: skip
         return out, final_state
-    if not is_compiling():  # the usual call, all of it in C
-        results = _C._recurrent_results(
-            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None, gate,
-            use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
-            output_final_state,
-        )  # fmt: skip
-        if results is not NotImplemented:
-            return results
     return ops.recurrent(
         q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, gate,
         use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
