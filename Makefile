@@ -34,8 +34,8 @@ test: ## every test
 	@JOBS=$(JOBS) scripts/test.sh
 
 .PHONY: asan ubsan tsan
-asan: ## C tests under AddressSanitizer and UndefinedBehaviorSanitizer
-ubsan: ## C tests under UndefinedBehaviorSanitizer, float conversions and divisions included
+asan: ## C tests under AddressSanitizer and UndefinedBehaviorSanitizer, float conversions and divisions included
+ubsan: ## C tests under UndefinedBehaviorSanitizer alone
 tsan: ## pool tests under ThreadSanitizer
 asan ubsan tsan:
 	@scripts/setup.sh test

@@ -45,16 +45,19 @@ if check wheel scripts/wheel.sh --install; then
   check readme-python build/venv/bin/python examples/prefill.py || true
   title pytest
   files+=("$results/pytest.xml")
-  FLASHKDA_TOOL=$PWD/build/release/flashkda build/venv/bin/python -m pytest tests/python -q \
-    --junitxml="$results/pytest.xml" -p no:cacheprovider || true
-  with_fla=(tests/python/test_fla.py tests/python/test_examples.py::test_fla_on_the_cpu
-    tests/python/test_transformers.py::test_through_flas_functions)
-  while read -r version; do
-    title "pytest with fla-core $version"
-    files+=("$results/pytest-fla-$version.xml")
-    PYTHONPATH=$PWD/build/fla/$version build/venv/bin/python -m pytest "${with_fla[@]}" -q \
-      --junitxml="$results/pytest-fla-$version.xml" -p no:cacheprovider || true
-  done <tests/python/fla-versions.txt
+  FLASHKDA_TOOL=$PWD/build/release/flashkda build/venv/bin/python -m pytest tests/python -q -n "$jobs" \
+    --dist worksteal --junitxml="$results/pytest.xml" -p no:cacheprovider --durations=10 || true
+  title "pytest with $(sed 's/^/fla-core /' tests/python/fla-versions.txt | paste -sd, | sed 's/,/, /g')"
+  # Versions side by side, each in a process of its own.
+  # shellcheck disable=SC2016 # the inner shell expands
+  xargs -P "$jobs" -I VERSION bash -c '
+    PYTHONPATH=$PWD/build/fla/VERSION build/venv/bin/python -m pytest -q -p no:cacheprovider \
+      tests/python/test_fla.py tests/python/test_examples.py::test_fla_on_the_cpu \
+      tests/python/test_transformers.py::test_through_flas_functions \
+      --junitxml="$1/pytest-fla-VERSION.xml" >"$1/pytest-fla-VERSION.log" 2>&1
+    { echo "fla-core VERSION"; cat "$1/pytest-fla-VERSION.log"; }' _ "$results" \
+    <tests/python/fla-versions.txt || true
+  while read -r version; do files+=("$results/pytest-fla-$version.xml"); done <tests/python/fla-versions.txt
 fi
 
 echo

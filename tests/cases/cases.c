@@ -1268,6 +1268,7 @@ static void backward_cases(void) {
 /* ---- threads: 24 (host threads, fork), 19 ------------------------------------------------------------- */
 
 static void thread_cases(void) {
+  static const int64_t few_lens[] = {20, 0, 33, 1};
   for (int d = 0; d < 2; d++) {
     fkda_case *c = add(FKDA_GROUP_threads, 24, io_dtypes[d], "prefill");
     ragged(c, mixed_lens, 11);
@@ -1289,9 +1290,9 @@ static void thread_cases(void) {
     c->claims = FKDA_CLAIM_THREADS;
     c = add(FKDA_GROUP_threads, 24, io_dtypes[d], "backward");
     c->op = FKDA_OP_BACKWARD;
-    ragged(c, mixed_lens, 11);
-    c->H = 3;
-    c->HV = 6;
+    ragged(c, few_lens, 4);
+    c->H = 2;
+    c->HV = 4;
     c->claims = FKDA_CLAIM_THREADS | FKDA_CLAIM_FORK;
   }
 }

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+# Tests run side by side; threads of torch that wait for each other spin. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from problems import LIBRARIES  # noqa: E402
