@@ -23,12 +23,8 @@
  * Norms (1) are factors of rows and columns, applied in f32 after the products: operands are rounded from
  * the raw bf16 k once, so that nearly collinear keys stay collinear (docs/math.md).
  */
-#include <cute/arch/copy_sm75.hpp>
-#include <cute/arch/copy_sm80.hpp>
-#include <cute/arch/mma_sm80.hpp>
-
-#include "cuda/kernels/device.cuh"
 #include "cuda/kernels/portable/params.h"
+#include "cuda/kernels/portable/pieces.cuh"
 
 namespace fkda {
 namespace {
@@ -38,10 +34,8 @@ constexpr int GROUPS = 2;      /* of factor warps, on alternate chunks */
 constexpr int GROUP_WARPS = 4; /* each owns 32 channels; with K = 64 two of them have none */
 constexpr int GROUP_THREADS = 32 * GROUP_WARPS;
 constexpr int V_STAGES = FKDA_PORTABLE_V_STAGES; /* chunks of v in shared memory */
-constexpr float ANCHOR_RANGE = 44.0f * LOG2E;
 
 using Mbarrier = uint64_t; /* in shared memory */
-using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 
 constexpr int FACTOR_BARRIER = 1; /* + group; 0 is that of __syncthreads() */
 
@@ -115,33 +109,7 @@ struct Shared {
   bf16 v[V_STAGES][STATE_WARPS][CHUNK * V_PITCH]; /* receives O */
 };
 
-/* ---- small pieces --------------------------------------------------------------------------------- */
-
-/* Two numbers as the sum of two bf16 pairs each: 16 bits of mantissa. */
-__device__ __forceinline__ void split(float x, float y, uint32_t &high, uint32_t &low) {
-  high = pack(x, y);
-  low = pack_rest(x, y, high);
-}
-
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-  Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const bf16 *p) {
-  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t *>(p), r[0], r[1], r[2],
-                                r[3]);
-}
-__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const bf16 *p) {
-  cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t *>(p), r[0], r[1], r[2],
-                                r[3]);
-}
-
-/* 16 bytes global -> shared, zeros if !valid. */
-__device__ __forceinline__ void copy_piece(void *to, const void *from, bool valid) {
-  cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-      *static_cast<const cute::uint128_t *>(from), *static_cast<cute::uint128_t *>(to), valid);
-}
+/* ---- barriers ------------------------------------------------------------------------------------- */
 
 /* Barriers are PTX of our own: CUTLASS's wrappers are breakpoints below sm_90. */
 __device__ __forceinline__ void group_sync(int group) {

@@ -1,0 +1,184 @@
+/* What the kernels of the backward share: tiles, the workspace, who works on which block.
+ *
+ * Tiles of bf16 lie in 8 x 8 matrices of 128 contiguous bytes, four of them (the upper two, the lower two) to
+ * a square of 16 x 16, squares by rows. So the four matrices of an ldmatrix are 512 contiguous bytes, lane by
+ * lane, free of bank conflicts and without address arithmetic; a tile is copied as it lies; and it serves as
+ * operand of products over its rows and over its columns. */
+#ifndef FKDA_CUDA_PORTABLE_BACKWARD_CUH
+#define FKDA_CUDA_PORTABLE_BACKWARD_CUH
+
+#include "cuda/kernels/portable/backward_params.h"
+#include "cuda/kernels/portable/pieces.cuh"
+
+namespace fkda {
+namespace {
+
+using Backward = fkda_portable_backward_params;
+
+constexpr int STEP = FKDA_BACKWARD_CHUNK;
+constexpr int BLOCK_TOKENS = FKDA_BACKWARD_BLOCK;
+constexpr int MATRIX = 64, SQUARE = 256; /* elements */
+
+/* Element (row, column) of a tile of COLUMNS columns. */
+template <int COLUMNS>
+__device__ __forceinline__ int tile_at(int row, int column) {
+  return ((row >> 4) * (COLUMNS / 16) + (column >> 4)) * SQUARE +
+         ((row >> 2 & 2) + (column >> 3 & 1)) * MATRIX + (row & 7) * 8 + (column & 7);
+}
+
+/* A square as operands, by lane's place. r = load_square(): matrices (0,0), (0,1), (1,0), (1,1) by rows.
+ * B of a product whose second operand's columns are the square's rows: tile n is r[2n], r[2n+1]. With
+ * r = load_square_transposed(): A with M = the square's columns as it is; B whose columns are the square's
+ * columns: tile n is r[n], r[2+n]. */
+__device__ __forceinline__ void load_square(uint32_t (&r)[4], const bf16 *tile, int square) {
+  load_matrices(r, tile + square * SQUARE + (threadIdx.x & 31) * 8);
+}
+__device__ __forceinline__ void load_square_transposed(uint32_t (&r)[4], const bf16 *tile,
+                                                       int square) {
+  load_transposed(r, tile + square * SQUARE + (threadIdx.x & 31) * 8);
+}
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  cute::SM75_U32x1_MOVM_T::copy(x, y);
+  return y;
+}
+
+/* acc[n] += a * b for the two tiles of 8 columns of a square: see above. */
+__device__ __forceinline__ void mma_rows(float (&acc0)[4], float (&acc1)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&r)[4]) {
+  mma(acc0, a, r[0], r[1]);
+  mma(acc1, a, r[2], r[3]);
+}
+__device__ __forceinline__ void mma_columns(float (&acc0)[4], float (&acc1)[4],
+                                            const uint32_t (&a)[4], const uint32_t (&r)[4]) {
+  mma(acc0, a, r[0], r[2]);
+  mma(acc1, a, r[1], r[3]);
+}
+
+/* Two neighbouring accumulator tiles as an A operand. */
+__device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&x)[4],
+                                             const float (&y)[4]) {
+  a[0] = pack(x[0], x[1]);
+  a[1] = pack(x[2], x[3]);
+  a[2] = pack(y[0], y[1]);
+  a[3] = pack(y[2], y[3]);
+}
+
+template <class T, int N, int M>
+__device__ __forceinline__ void clear(T (&x)[N][M]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int m = 0; m < M; ++m) x[n][m] = 0;
+}
+
+/* ---- the workspace ---------------------------------------------------------------------------------- */
+
+template <int K>
+struct Workspace {
+  fkda_portable_backward_sizes sizes;
+  int64_t heads;
+  char *factors, *states, *d_states, *differences, *d_updates, *sums;
+  __device__ __forceinline__ Workspace(const Backward &x)
+      : sizes(fkda_portable_backward_sizes_of(K, x.problem.V)), heads(x.problem.HV) {
+    const int64_t cells = x.rows * heads;
+    factors = x.workspace;
+    states = factors + cells * sizes.factors;
+    d_states = states + cells * sizes.states;
+    differences = d_states + cells * sizes.d_states;
+    d_updates = differences + cells * sizes.differences;
+    sums = d_updates + cells * sizes.d_updates;
+  }
+  __device__ __forceinline__ char *record(int64_t row, int head, int half) const {
+    return factors + (row * heads + head) * sizes.factors + half * FKDA_BACKWARD_RECORD(K);
+  }
+  __device__ __forceinline__ static char *at(char *part, int64_t size, int64_t row, int64_t heads,
+                                             int head) {
+    return part + (row * heads + head) * size;
+  }
+};
+
+/* ---- whose turn it is -------------------------------------------------------------------------------- */
+
+/* The first row of a sequence. */
+__device__ __forceinline__ int64_t first_block(const fkda_problem &p, const fkda_span &span,
+                                               int64_t n) {
+  return (span.b * p.T + span.begin) / BLOCK_TOKENS + n;
+}
+
+struct Block {
+  fkda_span span;
+  int64_t t;   /* its first token in the sequence */
+  int tokens;  /* of the sequence, from there on, at most BLOCK_TOKENS */
+};
+
+/* The block with number `row`; false: nobody's. */
+__device__ __forceinline__ bool find_block(const fkda_problem &p, int64_t row, Block &block) {
+  int64_t low = 0, high = p.N;
+  while (high - low > 1) {
+    const int64_t n = (low + high) / 2;
+    if (first_block(p, clamped_span(p, n), n) <= row)
+      low = n;
+    else
+      high = n;
+  }
+  block.span = clamped_span(p, low);
+  const int64_t j = row - first_block(p, block.span, low);
+  block.t = j * BLOCK_TOKENS;
+  const int64_t left = block.span.length - block.t;
+  block.tokens = (int)(left < BLOCK_TOKENS ? left : BLOCK_TOKENS);
+  return j >= 0 && left > 0;
+}
+
+/* Element (token t of the sequence, head, 0). */
+__device__ __forceinline__ int64_t row_of(const fkda_rows &rows, const fkda_span &span, int64_t t,
+                                          int head) {
+  return span.b * rows.stride_b + (span.begin + t) * rows.stride_t + head * rows.stride_h;
+}
+
+__device__ __forceinline__ float exp_A_of(const fkda_problem &p, int head) {
+  return p.A_log.data ? expf(load_float(p.A_log.data, p.A_log.dtype, head)) : 1.0f;
+}
+
+/* TOKENS rows of COLUMNS columns to a tile, zeros from `tokens` on. In pieces: the copies are asynchronous. */
+template <int TOKENS, int COLUMNS, int THREADS>
+__device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int64_t first,
+                                          int tokens, bool aligned) {
+  if (aligned) {
+    /* a warp at a time: eight rows of 64 bytes */
+    constexpr int WARPS = THREADS / 32, EIGHTS = TOKENS / 8;
+    constexpr int SHARE = WARPS > EIGHTS ? WARPS / EIGHTS : 1; /* warps for the same eight rows */
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int piece = (lane >> 3) + 4 * (SHARE > 1 ? warp / EIGHTS : 0);
+#pragma unroll
+    for (int eight = 0; eight < EIGHTS; eight += WARPS) {
+      const int row = 8 * ((eight + warp) % EIGHTS) + (lane & 7);
+      const bool valid = row < tokens;
+      const bf16 *from = static_cast<const bf16 *>(rows.data);
+      if (valid) from += first + row * rows.stride_t + piece * 8;
+      bf16 *to = tile + tile_at<COLUMNS>(row, piece * 8);
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 32; i += SHARE)
+        copy_piece(to + i * 2 * SQUARE, valid ? from + 32 * i : from, valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < TOKENS * COLUMNS; i += THREADS) {
+      const int row = i / COLUMNS, column = i % COLUMNS;
+      const float x = row < tokens && rows.data
+                          ? load_float(rows.data, rows.dtype, first + row * rows.stride_t + column)
+                          : 0.0f;
+      tile[tile_at<COLUMNS>(row, column)] = __float2bfloat16_rn(x);
+    }
+  }
+}
+
+__device__ __forceinline__ void copy_bytes(char *to, const char *from, int bytes, int threads) {
+#pragma unroll 4
+  for (int i = threadIdx.x * 16; i < bytes; i += threads * 16) copy_piece(to + i, from + i, true);
+}
+
+}  // namespace
+}  // namespace fkda
+
+#endif

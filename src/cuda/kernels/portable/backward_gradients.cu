@@ -1,0 +1,731 @@
+/* Backward, third launch: all gradients of a block of 64 tokens and value head but dV, from the state before it, the
+ * gradient of the state behind it, E and dW of its tokens.
+ *
+ * A warp has 16 channels of all tokens, channels as the M dimension of every product, so that running sums,
+ * gates and (27), (28) stay inside a warp; only (24) and the norms (19) are shared. The X of (25) start three
+ * accumulators: of q and k as the later ones of a pair (from the block's start), of k as the earlier one (to its end).
+ *
+ * Pairs of (27). Tokens 32.. against ..31, 16..31 against ..15, 48.. against 32..47, then 16 with themselves: a pair
+ * belongs to one such level, which has an anchor a between the two, and e^{G_i - G_j} = e^{G_i - a} e^{a - G_j}.
+ * The 16 with themselves have their anchor in the middle, or where gates leave its range, levels of their own
+ * down to neighbours.
+ *
+ * (28). With L_i, E_j the sums over pairs in which i is the later, j the earlier token,
+ *   dg_t = sum_{i>=t} (Q~X^Q + K~X^K + L - E - K-X^K-)_i + sum_all K-X^K- + e^{G_C} sum_v S dS
+ * Pairs on one side of t occur twice with opposite signs. They are made of the same rounded factors both times, so they
+ * cancel to f32's rounding, strong gates or weak. */
+#include "cuda/kernels/portable/backward.cuh"
+
+namespace fkda {
+namespace {
+
+constexpr int TILES = BLOCK_TOKENS / 8, SQUARES = BLOCK_TOKENS / 16;
+
+template <int K, int V>
+struct GradientsShared {
+  bf16 q[BLOCK_TOKENS * K], k[BLOCK_TOKENS * K];
+  bf16 d_out[BLOCK_TOKENS * V], E[BLOCK_TOKENS * V], dW[BLOCK_TOKENS * V];
+  /* Weights of raw pairs: scale dP_ij / |q_i| |k_j| and dM_ij / |k_i| |k_j|, below the diagonal; squares (i, j) of
+   * the lower triangle by rows. */
+  bf16 P[10 * SQUARE], M[10 * SQUARE];
+  float norm_k[BLOCK_TOKENS], norm_q[BLOCK_TOKENS], beta[BLOCK_TOKENS];
+  float P_diagonal[BLOCK_TOKENS]; /* weight of q_i k_i */
+  float d_beta[BLOCK_TOKENS];
+  float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
+  union {
+    float ends[TILES][16];          /* G after each eight tokens */
+    float parts[2][BLOCK_TOKENS];   /* sum q dq, sum k dk over the warp's channels */
+  } by_warp[K / 16];
+  float sum_A[K / 16];
+  Block block;
+};
+/* Rows of a gradient on their way out, over everything from q on. */
+template <int K>
+constexpr int OUT_PITCH = K + 4;
+
+__device__ __forceinline__ constexpr int lower_square(int i, int j) { return i * (i + 1) / 2 + j; }
+
+/* (20): dg becomes the gradient by the raw gate; returns what A_log gets. */
+__device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, float bias, float exp_A,
+                                           float &dg) {
+  const float y = raw + bias;
+  if (p.gate == FKDA_GATE_BOUNDED) {
+    const float z = exp_A * y, e = exp2_approx(-LOG2E * fabsf(z)), r = reciprocal(1 + e);
+    dg *= (float)p.lower_bound * exp_A * (e * (r * r));
+    return dg * y;
+  }
+  if (p.gate == FKDA_GATE_SOFTPLUS) {
+    const float g = -exp_A * softplus(y);
+    const float inside = g < (float)FKDA_GATE_CLAMP ? 0 : dg;
+    dg = -inside * exp_A * sigmoid(y);
+    return inside * g;
+  }
+  if (raw < (float)FKDA_GATE_CLAMP || raw > 0) dg = 0;
+  return 0;
+}
+
+template <int K, int V>
+struct Gradients {
+  static constexpr int WARPS = K / 16, THREADS = 32 * WARPS;
+  using Shared = GradientsShared<K, V>;
+  const Backward &x;
+  const fkda_problem &p;
+  Shared &s;
+  const Block &block;
+  const int warp, lane;
+  /* Accumulators, as all arrays [TILES][4]: tile n, i: token 8 n + 2 (lane % 4) + i % 2, channel
+   * 16 warp + lane / 4 + 8 (i / 2). */
+  float q[TILES][4], late[TILES][4], early[TILES][4]; /* dq; dk as the later, as the earlier of two */
+  float D[TILES][4];                                  /* what is summed over i >= t in (28) */
+  float G[TILES][4];
+  float always[2];      /* what all tokens of a channel get in (28) */
+
+  __device__ __forceinline__ Gradients(const Backward &x, Shared &s)
+      : x(x),
+        p(x.problem),
+        s(s),
+        block(s.block),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x & 31) {}
+
+  __device__ __forceinline__ int head() const { return (int)(blockIdx.x % p.HV); }
+  __device__ __forceinline__ int qk_head() const { return (int)((int64_t)head() * p.H / p.HV); }
+  __device__ __forceinline__ int64_t row() const { return blockIdx.x / p.HV; }
+
+  __device__ __forceinline__ float2 of_tokens(const float *vector, int n) const {
+    return *reinterpret_cast<const float2 *>(vector + 8 * n + 2 * (lane & 3));
+  }
+  __device__ __forceinline__ int channel(int h) const { return 16 * warp + (lane >> 2) + 8 * h; }
+
+  /* The raw q or k of 16 tokens, as A operand: pair 2 n + h is of tile n and channel h. */
+  __device__ __forceinline__ void load_raw(uint32_t (&r)[4], const bf16 *tile, int square) const {
+    load_square_transposed(r, tile, square * (K / 16) + warp);
+  }
+
+  __device__ __forceinline__ void load() {
+    load_tile<BLOCK_TOKENS, K, THREADS>(s.q, p.q, row_of(p.q, block.span, block.t, qk_head()),
+                                        block.tokens, x.aligned_q);
+    load_tile<BLOCK_TOKENS, K, THREADS>(s.k, p.k, row_of(p.k, block.span, block.t, qk_head()),
+                                        block.tokens, x.aligned_k);
+    load_tile<BLOCK_TOKENS, V, THREADS>(s.d_out, p.d_out,
+                                        row_of(p.d_out, block.span, block.t, head()), block.tokens,
+                                        x.aligned_d_out);
+    const Workspace<K> w(x);
+    copy_bytes(reinterpret_cast<char *>(s.E),
+               Workspace<K>::at(w.differences, w.sizes.differences, row(), w.heads, head()),
+               BLOCK_TOKENS * V * 2, THREADS);
+    copy_bytes(reinterpret_cast<char *>(s.dW),
+               Workspace<K>::at(w.d_updates, w.sizes.d_updates, row(), w.heads, head()),
+               BLOCK_TOKENS * V * 2, THREADS);
+    cute::cp_async_fence();
+    if (threadIdx.x < BLOCK_TOKENS) {
+      const char *record = w.record(row(), head(), threadIdx.x / STEP);
+      const int i = threadIdx.x % STEP;
+      s.norm_k[threadIdx.x] =
+          reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
+      s.norm_q[threadIdx.x] =
+          reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K))[i];
+      s.beta[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K))[i];
+    }
+  }
+
+  /* (24), (23)'s d_beta. */
+  __device__ __forceinline__ void weigh_pairs() {
+#pragma unroll 1
+    for (int job = warp; job < 20; job += WARPS) {
+      const bool of_q = job < 10;
+      const int square = of_q ? job : job - 10;
+      const int i = square >= 6 ? 3 : square >= 3 ? 2 : square >= 1 ? 1 : 0;
+      const int j = square - lower_square(i, 0);
+      const bf16 *rows = of_q ? s.d_out : s.dW;
+      float acc[2][4];
+      clear(acc);
+#pragma unroll
+      for (int v = 0; v < V / 16; ++v) {
+        uint32_t r[4], b[4];
+        load_square(r, rows, i * (V / 16) + v);
+        load_square(b, s.E, j * (V / 16) + v);
+        const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
+        mma_rows(acc[0], acc[1], a, b);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = 16 * i + 8 * h + (lane >> 2), column = 16 * j + 8 * n + 2 * (lane & 3);
+          const float y0 = acc[n][2 * h], y1 = acc[n][2 * h + 1];
+          const float2 beta = *reinterpret_cast<const float2 *>(&s.beta[column]);
+          const float2 norm = *reinterpret_cast<const float2 *>(&s.norm_k[column]);
+          const float of_row = of_q ? s.norm_q[row] : -s.beta[row] * s.norm_k[row];
+          const float w0 = y0 * of_row * beta.x * norm.x, w1 = y1 * of_row * beta.y * norm.y;
+          if (row == column) (of_q ? s.P_diagonal : s.d_beta)[row] = of_q ? w0 : y0;
+          if (row == column + 1) (of_q ? s.P_diagonal : s.d_beta)[row] = of_q ? w1 : y1;
+          *reinterpret_cast<uint32_t *>((of_q ? s.P : s.M) + square * SQUARE +
+                                        (2 * h + n) * MATRIX + lane * 2) =
+              pack(row > column ? w0 : 0, row > column + 1 ? w1 : 0);
+        }
+    }
+  }
+
+  /* (25), and the last term of (28). */
+  __device__ __forceinline__ void meet_states() {
+    const Workspace<K> w(x);
+    const int place = (warp * (V / 16)) * 32 + lane;
+    const uint4 *S = reinterpret_cast<const uint4 *>(
+                         Workspace<K>::at(w.states, w.sizes.states, row(), w.heads, head())) +
+                     place;
+    const uint4 *dS = reinterpret_cast<const uint4 *>(
+                          Workspace<K>::at(w.d_states, w.sizes.d_states, row(), w.heads, head())) +
+                      place;
+    clear(q);
+    clear(late);
+    clear(early);
+    always[0] = always[1] = 0;
+#pragma unroll
+    for (int v = 0; v < V / 16; ++v) {
+      const uint4 s4 = __ldg(S + v * 32), d4 = __ldg(dS + v * 32);
+      const uint32_t a[4] = {s4.x, s4.y, s4.z, s4.w}, d[4] = {d4.x, d4.y, d4.z, d4.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        always[i & 1] = fmaf(low_of(a[i]), low_of(d[i]),
+                             fmaf(high_of(a[i]), high_of(d[i]), always[i & 1]));
+#pragma unroll
+      for (int i = 0; i < SQUARES; ++i) {
+        uint32_t r[4];
+        load_square(r, s.d_out, i * (V / 16) + v);
+        mma_rows(q[2 * i], q[2 * i + 1], a, r);
+        load_square(r, s.dW, i * (V / 16) + v);
+        mma_rows(late[2 * i], late[2 * i + 1], a, r);
+        load_square(r, s.E, i * (V / 16) + v);
+        mma_rows(early[2 * i], early[2 * i + 1], d, r);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      const float2 norm_q = of_tokens(s.norm_q, n), norm_k = of_tokens(s.norm_k, n);
+      const float2 beta = of_tokens(s.beta, n);
+      const float by[2] = {norm_k.x * beta.x, norm_k.y * beta.y}, by_q[2] = {norm_q.x, norm_q.y};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        q[n][i] *= by_q[i & 1];
+        late[n][i] *= -by[i & 1];
+        early[n][i] *= by[i & 1];
+      }
+    }
+  }
+
+  /* The raw gates, 0 beyond the sequence. */
+  template <class Element>
+  __device__ __forceinline__ void load_gates_as(float (&g)[TILES][4]) const {
+    const int64_t stride = p.g.stride_t;
+    const int token = 2 * (fresh_lane() & 3);
+    const Element *from = static_cast<const Element *>(p.g.data) +
+                          row_of(p.g, block.span, block.t + token, head()) + channel(0);
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          Element x = Element(0.0f);
+          if (8 * n + token + e < block.tokens) x = __ldg(from + e * stride + 8 * h);
+          g[n][2 * h + e] = (float)x;
+        }
+      from += 8 * stride;
+    }
+  }
+  __device__ __forceinline__ void load_gates(float (&g)[TILES][4]) const {
+    if (p.g.dtype == FKDA_F32)
+      load_gates_as<float>(g);
+    else
+      load_gates_as<bf16>(g);
+  }
+  __device__ __forceinline__ float bias_of(int h) const {
+    return p.dt_bias.data
+               ? load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)head() * K + channel(h))
+               : 0.0f;
+  }
+
+  /* (2) of the raw gates in G, and its running sums. True if a half of 16 tokens leaves the anchor's range. */
+  __device__ __forceinline__ bool sum_gates() {
+    const float exp_A = exp_A_of(p, head());
+    bool over = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Gate gate(p, p.gate, exp_A, bias_of(h));
+      float carry = 0;
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        float y[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float raw = G[n][2 * h + e];
+          y[e] = p.gate == FKDA_GATE_BOUNDED    ? gate.decay<FKDA_GATE_BOUNDED>(raw)
+                 : p.gate == FKDA_GATE_SOFTPLUS ? gate.decay<FKDA_GATE_SOFTPLUS>(raw)
+                                                : gate.decay<FKDA_GATE_DIRECT>(raw);
+          if (8 * n + 2 * (lane & 3) + e >= block.tokens) y[e] = 0;
+        }
+        float sum = y[0] + y[1];
+#pragma unroll
+        for (int width = 1; width < 4; width *= 2) {
+          const float before = __shfl_up_sync(0xffffffffu, sum, width);
+          if ((lane & 3) >= width) sum += before;
+        }
+        float before = __shfl_up_sync(0xffffffffu, sum, 1);
+        if ((lane & 3) == 0) before = 0;
+        G[n][2 * h] = carry + (before + y[0]);
+        G[n][2 * h + 1] = carry + sum;
+        const float whole = __shfl_sync(0xffffffffu, sum, lane | 3);
+        over |= !(-whole <= ANCHOR_RANGE);
+        carry += whole;
+        if ((lane & 3) == 0) s.by_warp[warp].ends[n][8 * h + (lane >> 2)] = carry;
+      }
+    }
+    return over;
+  }
+
+  /* The terms of (28) with states. */
+  __device__ __forceinline__ void start_sums() {
+    float total[2] = {0, 0}, end[2];
+    anchor(end, TILES - 1);
+#pragma unroll
+    for (int i = 0; i < SQUARES; ++i) {
+      uint32_t q_raw[4], k_raw[4];
+      load_raw(q_raw, s.q, i);
+      load_raw(k_raw, s.k, i);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int n = 2 * i + (r >> 1), h = r & 1;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at = 2 * h + e;
+          const float qq = e ? high_of(q_raw[r]) : low_of(q_raw[r]);
+          const float kk = e ? high_of(k_raw[r]) : low_of(k_raw[r]);
+          const float start = exp2_approx(G[n][at]), to_end = exp2_approx(end[h] - G[n][at]);
+          q[n][at] *= start;
+          late[n][at] *= start;
+          early[n][at] *= to_end;
+          total[h] = fmaf(kk, early[n][at], total[h]);
+          D[n][at] = fmaf(qq, q[n][at], kk * (late[n][at] - early[n][at]));
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      always[h] = fmaf(always[h], exp2_approx(end[h]), total[h]);
+      always[h] += __shfl_xor_sync(0xffffffffu, always[h], 1);
+      always[h] += __shfl_xor_sync(0xffffffffu, always[h], 2);
+    }
+  }
+
+  /* e^{G - a} (SIGN 1) or e^{a - G} (SIGN -1) of 16 tokens. */
+  template <int SIGN>
+  __device__ __forceinline__ void decays(float (&e)[2][4], int square, const float (&a)[2]) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float d = G[2 * square + n][i] - a[i >> 1];
+        e[n][i] = exp2_approx(SIGN > 0 ? d : -d);
+      }
+  }
+  /* raw e as operand */
+  __device__ __forceinline__ void decayed(uint32_t (&f)[4], const bf16 *raw, int square,
+                                          const float (&e)[2][4]) const {
+    uint32_t r[4];
+    load_raw(r, raw, square);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&x)[4] = e[i >> 1];
+      const int h = i & 1;
+      f[i] = pack(low_of(r[i]) * x[2 * h], high_of(r[i]) * x[2 * h + 1]);
+    }
+  }
+
+  /* What a level's products y of 16 tokens with the others add: to D by the operand f they will meet, to the
+   * accumulators by e. */
+  template <int SIGN>
+  __device__ __forceinline__ void add(float (&to)[TILES][4], int square, const uint32_t (&f)[4],
+                                      const float (&e)[2][4], const float (&y)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int tile = 2 * square + (i >> 1), h = 2 * (i & 1);
+      const float(&z)[4] = y[i >> 1], (&x)[4] = e[i >> 1];
+      D[tile][h] = fmaf(SIGN * low_of(f[i]), z[h], D[tile][h]);
+      D[tile][h + 1] = fmaf(SIGN * high_of(f[i]), z[h + 1], D[tile][h + 1]);
+      to[tile][h] = fmaf(x[h], z[h], to[tile][h]);
+      to[tile][h + 1] = fmaf(x[h + 1], z[h + 1], to[tile][h + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void anchor(float (&a)[2], int tile) const {
+    a[0] = s.by_warp[warp].ends[tile][lane >> 2];
+    a[1] = s.by_warp[warp].ends[tile][8 + (lane >> 2)];
+  }
+
+  /* The pairs of squares I.. with squares J.., COUNT of each, the anchor at the end of a tile. */
+  template <int I, int J, int COUNT>
+  __device__ __forceinline__ void level(int tile) {
+    __syncwarp(); /* keeps what follows behind what precedes, or registers do not do */
+    float a[2];
+    anchor(a, tile);
+    uint32_t columns[COUNT][4];
+    float z[COUNT][2][4], e[2][4];
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+      decays<-1>(e, J + j, a);
+      decayed(columns[j], s.k, J + j, e);
+      clear(z[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      anchor(a, fresh(tile)); /* or the compiler begins with the exponentials of all rows */
+      decays<1>(e, I + i, a);
+#pragma unroll
+      for (int of_k = 0; of_k < 2; ++of_k) {
+        uint32_t row[4], r[4];
+        float y[2][4];
+        decayed(row, of_k ? s.k : s.q, I + i, e);
+        clear(y);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
+          const int square = lower_square(I + i, J + j);
+          load_square(r, of_k ? s.M : s.P, square);
+          mma_rows(y[0], y[1], columns[j], r);
+          load_square_transposed(r, of_k ? s.M : s.P, square);
+          mma_columns(z[j][0], z[j][1], row, r);
+        }
+        add<1>(of_k ? late : q, I + i, row, e, y);
+      }
+    }
+    anchor(a, fresh(tile)); /* or it holds the exponentials from above in registers */
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+      decays<-1>(e, J + j, a);
+      add<-1>(early, J + j, columns[j], e, z[j]);
+    }
+  }
+
+  /* 16 tokens with themselves where one anchor does not do: two of them part at the highest bit in which they
+   * differ, and have their anchor there. */
+  template <int I>
+  __device__ __forceinline__ void by_levels() {
+#pragma unroll 1
+    for (int width = 8; width; width /= 2) {
+      float later[2][4], sooner[2][4], middle[2];
+      anchor(middle, 2 * I);
+      const int source = (lane & ~3) | (width == 4 ? 1 : width == 2 ? lane & 2 : lane & 3);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float(&g)[4] = G[2 * I + n];
+          float a = __shfl_sync(0xffffffffu, width == 1 ? g[2 * h] : g[2 * h + 1], source);
+          if (width == 8) a = middle[h];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const bool after = (8 * n + 2 * (lane & 3) + e) & width;
+            const float d = exp2_approx(after ? g[2 * h + e] - a : a - g[2 * h + e]);
+            later[n][2 * h + e] = after ? d : 0, sooner[n][2 * h + e] = after ? 0 : d;
+          }
+        }
+      /* this level's pairs: of the matrices on the diagonal, which are masked like their transposes, and of the
+       * one below */
+      uint32_t mask = 0;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int differ = (lane >> 2) ^ (2 * (lane & 3) + e);
+        if (differ && 1 << (31 - __clz(differ)) == width) mask |= 0xffffu << 16 * e;
+      }
+      const uint32_t corner = width == 8 ? 0xffffffffu : 0;
+      const auto choose = [&](uint32_t(&r)[4]) {
+        r[0] &= mask, r[3] &= mask;
+        r[1] = 0, r[2] &= corner;
+      };
+      uint32_t column[4], row[4], r[4];
+      decayed(column, s.k, I, sooner);
+      float y[2][4], z[2][4];
+      clear(z);
+#pragma unroll
+      for (int of_k = 0; of_k < 2; ++of_k) {
+        decayed(row, of_k ? s.k : s.q, I, later);
+        clear(y);
+        load_square(r, of_k ? s.M : s.P, lower_square(I, I));
+        choose(r);
+        mma_rows(y[0], y[1], column, r);
+        add<1>(of_k ? late : q, I, row, later, y);
+        load_square_transposed(r, of_k ? s.M : s.P, lower_square(I, I));
+        choose(r);
+        mma_columns(z[0], z[1], row, r);
+      }
+      add<-1>(early, I, column, sooner, z);
+    }
+  }
+
+  __device__ __forceinline__ void sum_pairs(bool levels) {
+    level<2, 0, 2>(3);
+    level<1, 0, 1>(1);
+    level<3, 2, 1>(5);
+    if (levels) {
+      by_levels<0>();
+      by_levels<1>();
+      by_levels<2>();
+      by_levels<3>();
+    } else {
+      level<0, 0, 1>(0);
+      level<1, 1, 1>(2);
+      level<2, 2, 1>(4);
+      level<3, 3, 1>(6);
+    }
+  }
+
+  template <int WIDTH>
+  __device__ __forceinline__ void halve(float (&y)[32]) const {
+    const bool upper = lane & WIDTH;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      const float mine = upper ? y[i + WIDTH] : y[i], other = upper ? y[i] : y[i + WIDTH];
+      y[i] = mine + __shfl_xor_sync(0xffffffffu, other, WIDTH);
+    }
+  }
+
+  /* q becomes dq, late dk, by raw q and k: the diagonal of P, then (19). */
+  __device__ __forceinline__ void finish_keys() {
+    float along[32]; /* [q, k][tile][e] */
+#pragma unroll
+    for (int i = 0; i < SQUARES; ++i) {
+      uint32_t q_raw[4], k_raw[4];
+      load_raw(q_raw, s.q, i);
+      load_raw(k_raw, s.k, i);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int tile = 2 * i + n;
+        const float2 weights = of_tokens(s.P_diagonal, tile);
+        float along_q[2] = {0, 0}, along_k[2] = {0, 0};
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const uint32_t qq = q_raw[2 * n + h], kk = k_raw[2 * n + h];
+            const float q1 = e ? high_of(qq) : low_of(qq), k1 = e ? high_of(kk) : low_of(kk);
+            const float weight = e ? weights.y : weights.x;
+            float &dq = q[tile][2 * h + e], &dk = late[tile][2 * h + e];
+            dq = fmaf(weight, k1, dq);
+            dk = fmaf(weight, q1, dk + early[tile][2 * h + e]);
+            along_q[e] = fmaf(q1, dq, along_q[e]);
+            along_k[e] = fmaf(k1, dk, along_k[e]);
+          }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) along[2 * tile + e] = along_q[e], along[16 + 2 * tile + e] = along_k[e];
+      }
+    }
+    if (!p.l2norm) return;
+    /* Sums over the warp's channels, lanes 4 apart: each halves what it holds, and adds the other's half. */
+    halve<16>(along);
+    halve<8>(along);
+    halve<4>(along);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) { /* of [lane / 16][tile: bits 3, 2 of the lane, i / 2][i % 2] */
+      const int tile = (lane >> 2 & 3) * 2 + (i >> 1);
+      s.by_warp[warp].parts[lane >> 4][8 * tile + 2 * (lane & 3) + (i & 1)] = along[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < 2 * BLOCK_TOKENS) {
+      const int of_k = threadIdx.x / BLOCK_TOKENS, token = threadIdx.x % BLOCK_TOKENS;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += s.by_warp[w].parts[of_k][token];
+      const float norm = of_k ? s.norm_k[token] : s.norm_q[token] / (float)p.scale;
+      s.along[of_k][token] = p.scale != 0 || of_k ? sum * norm * norm : 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < SQUARES; ++i) {
+      uint32_t q_raw[4], k_raw[4];
+      load_raw(q_raw, s.q, i);
+      load_raw(k_raw, s.k, i);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int tile = 2 * i + (r >> 1), h = r & 1;
+        const float2 of_q = of_tokens(s.along[0], tile), of_k = of_tokens(s.along[1], tile);
+        q[tile][2 * h] = fmaf(-of_q.x, low_of(q_raw[r]), q[tile][2 * h]);
+        q[tile][2 * h + 1] = fmaf(-of_q.y, high_of(q_raw[r]), q[tile][2 * h + 1]);
+        late[tile][2 * h] = fmaf(-of_k.x, low_of(k_raw[r]), late[tile][2 * h]);
+        late[tile][2 * h + 1] = fmaf(-of_k.y, high_of(k_raw[r]), late[tile][2 * h + 1]);
+      }
+    }
+  }
+
+  /* (28), (20): D becomes the gradient by the raw gate. */
+  __device__ __forceinline__ void finish_gates() {
+    const Workspace<K> w(x);
+    float *sums =
+        reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row(), w.heads, head()));
+    const float exp_A = exp_A_of(p, head());
+    float sum_A = 0;
+    load_gates(G);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float bias = bias_of(h);
+      float carry = always[h], sum_bias = 0;
+#pragma unroll
+      for (int n = TILES - 1; n >= 0; --n) {
+        const float own = D[n][2 * h] + D[n][2 * h + 1];
+        float sum = own;
+#pragma unroll
+        for (int width = 1; width < 4; width *= 2) {
+          const float behind = __shfl_down_sync(0xffffffffu, sum, width);
+          if ((lane & 3) + width < 4) sum += behind;
+        }
+        float behind = __shfl_down_sync(0xffffffffu, sum, 1);
+        if ((lane & 3) == 3) behind = 0;
+        float dg[2];
+        dg[1] = carry + (behind + D[n][2 * h + 1]);
+        dg[0] = carry + sum;
+        carry += __shfl_sync(0xffffffffu, sum, lane & ~3);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int token = 8 * n + 2 * (lane & 3) + e;
+          if (token < block.tokens) {
+            sum_A += gate_back(p, G[n][2 * h + e], bias, exp_A, dg[e]);
+            sum_bias += dg[e];
+          }
+          D[n][2 * h + e] = dg[e];
+        }
+      }
+      sum_bias += __shfl_xor_sync(0xffffffffu, sum_bias, 1);
+      sum_bias += __shfl_xor_sync(0xffffffffu, sum_bias, 2);
+      if ((lane & 3) == 0) sums[channel(h)] = sum_bias;
+    }
+#pragma unroll
+    for (int width = 16; width; width /= 2) sum_A += __shfl_xor_sync(0xffffffffu, sum_A, width);
+    if (lane == 0) s.sum_A[warp] = sum_A;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < WARPS; ++i) sum += s.sum_A[i];
+      sums[K] = sum;
+    }
+  }
+
+  /* Rows of a gradient by way of shared memory: to the tensor, or with `part` to the workspace [64][K]. All threads. */
+  __device__ __forceinline__ void store(const float (&y)[TILES][4], const fkda_rows &to, int of_head,
+                                        bool aligned, float *part) {
+    float *out = reinterpret_cast<float *>(&s);
+    static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, P), "rows");
+    if (!to.data) return;
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        out[(8 * n + 2 * (lane & 3) + (e & 1)) * OUT_PITCH<K> + channel(e >> 1)] = y[n][e];
+    __syncthreads();
+    const int64_t first = row_of(to, block.span, block.t, of_head);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < BLOCK_TOKENS * K / 8; i += THREADS) {
+      const int token = i / (K / 8), column = i % (K / 8) * 8;
+      if (token >= block.tokens) break;
+      const float4 a = *reinterpret_cast<const float4 *>(&out[token * OUT_PITCH<K> + column]);
+      const float4 b = *reinterpret_cast<const float4 *>(&out[token * OUT_PITCH<K> + column + 4]);
+      const int64_t at = first + token * to.stride_t + column;
+      if (part) {
+        float4 *row = reinterpret_cast<float4 *>(part + token * K + column);
+        row[0] = a, row[1] = b;
+      } else if (to.dtype == FKDA_F32) {
+        float *row = static_cast<float *>(to.data) + at;
+        if (aligned) {
+          reinterpret_cast<float4 *>(row)[0] = a, reinterpret_cast<float4 *>(row)[1] = b;
+        } else {
+          row[0] = a.x, row[1] = a.y, row[2] = a.z, row[3] = a.w;
+          row[4] = b.x, row[5] = b.y, row[6] = b.z, row[7] = b.w;
+        }
+      } else {
+        const uint4 packed =
+            make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+        uint16_t *row = static_cast<uint16_t *>(to.data) + at;
+        if (aligned) {
+          *reinterpret_cast<uint4 *>(row) = packed;
+        } else {
+          row[0] = (uint16_t)packed.x, row[1] = (uint16_t)(packed.x >> 16);
+          row[2] = (uint16_t)packed.y, row[3] = (uint16_t)(packed.y >> 16);
+          row[4] = (uint16_t)packed.z, row[5] = (uint16_t)(packed.z >> 16);
+          row[6] = (uint16_t)packed.w, row[7] = (uint16_t)(packed.w >> 16);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_beta() const {
+    if (!p.d_beta.data || threadIdx.x >= block.tokens) return;
+    const int64_t t = block.t + threadIdx.x;
+    float d = s.d_beta[threadIdx.x];
+    if (p.beta_is_logit) {
+      const float y = load_float(p.beta.data, p.beta.dtype, row_of(p.beta, block.span, t, head()));
+      const float e = exp2_approx(-LOG2E * fabsf(y)), r = reciprocal(1 + e);
+      d *= e * (r * r) * (p.allow_neg_eigval ? 2.0f : 1.0f);
+    }
+    const int64_t at = row_of(p.d_beta, block.span, t, head());
+    if (p.d_beta.dtype == FKDA_F32)
+      static_cast<float *>(p.d_beta.data)[at] = d;
+    else
+      static_cast<bf16 *>(p.d_beta.data)[at] = __float2bfloat16_rn(d);
+  }
+
+  __device__ __forceinline__ void run() {
+    load();
+    load_gates(G);
+    const bool over = sum_gates();
+    cute::cp_async_wait<0>();
+    const bool levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
+    weigh_pairs();
+    meet_states();
+    __syncthreads(); /* the pairs' weights are there */
+    store_beta();
+    start_sums();
+    sum_pairs(levels);
+    finish_keys();
+    if (p.d_g.data || p.d_A_log.data || p.d_dt_bias.data) finish_gates();
+    float *part_q = nullptr, *part_k = nullptr;
+    if (p.HV > p.H) {
+      part_q = reinterpret_cast<float *>(Workspace<K>(x).record(row(), head(), 0));
+      part_k = part_q + BLOCK_TOKENS * K;
+    }
+    store(q, p.d_q, qk_head(), x.aligned_d_q, part_q);
+    store(late, p.d_k, qk_head(), x.aligned_d_k, part_k);
+    store(D, p.d_g, head(), x.aligned_d_g, nullptr);
+  }
+};
+
+template <int K, int V>
+__device__ __forceinline__ void gradients(const Backward &x) {
+  extern __shared__ __align__(128) char memory[];
+  static_assert(sizeof(GradientsShared<K, V>) <= FKDA_BACKWARD_GRADIENTS_SHARED(K, V),
+                "shared memory");
+  GradientsShared<K, V> &shared = *reinterpret_cast<GradientsShared<K, V> *>(memory);
+  const fkda_problem &p = x.problem;
+  const int head = (int)(blockIdx.x % p.HV);
+  const int64_t row = blockIdx.x / p.HV;
+  Block block;
+  if (!find_block(p, row, block)) { /* nobody's: nothing to add */
+    const Workspace<K> w(x);
+    float *sums = reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row, w.heads, head));
+    for (int i = threadIdx.x; i <= K; i += 2 * K) sums[i] = 0;
+    return;
+  }
+  if (threadIdx.x == 0) shared.block = block;
+  __syncthreads();
+  Gradients<K, V>(x, shared).run();
+}
+
+}  // namespace
+}  // namespace fkda
+
+#define FKDA_ENTRY(K, V)                                                                         \
+  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_GRADIENTS_THREADS(K), 1)            \
+      fkda_portable_backward_gradients_k##K##_v##V(                                              \
+          const __grid_constant__ fkda_portable_backward_params x) {                            \
+    fkda::gradients<K, V>(x);                                                                    \
+  }
+FKDA_BACKWARD_BY_K_V(FKDA_ENTRY)
