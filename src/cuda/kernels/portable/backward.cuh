@@ -112,6 +112,12 @@ struct Block {
   int tokens;  /* of the sequence, from there on, at most BLOCK_TOKENS */
 };
 
+/* Numbers of blocks and heads fit 32 bits, and are divided as such: a 64-bit division is a hundred instructions. */
+__device__ __forceinline__ uint32_t heads_of(const fkda_problem &p) { return (uint32_t)p.HV; }
+__device__ __forceinline__ int qk_head_of(const fkda_problem &p, int head) {
+  return (int)((uint32_t)head / ((uint32_t)p.HV / (uint32_t)p.H));
+}
+
 /* The block with number `row`; false: nobody's. */
 __device__ __forceinline__ bool find_block(const fkda_problem &p, int64_t row, Block &block) {
   int64_t low = 0, high = p.N;

@@ -120,16 +120,16 @@ template <int K>
 __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K> &s) {
   constexpr int C = K / 32; /* a warp's tiles of 8 channels */
   const fkda_problem &p = x.problem;
-  const int64_t id = blockIdx.x;
-  const int head = (int)(id % p.HV), chunk = (int)(id / p.HV & 1);
-  const int64_t row = id / p.HV / 2;
+  const uint32_t id = blockIdx.x / heads_of(p);
+  const int head = (int)(blockIdx.x % heads_of(p)), chunk = (int)(id & 1);
+  const int64_t row = id >> 1;
   Block block;
   if (!find_block(p, row, block)) return;
   const int64_t t = block.t + chunk * STEP;
   const int tokens = block.tokens - chunk * STEP; /* may be negative: a chunk of nothing */
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int first = warp * (K / 4) + 2 * (lane & 3), token = lane >> 2;
-  const int qk_head = (int)((int64_t)head * p.H / p.HV);
+  const int qk_head = qk_head_of(p, head);
   char *record = Workspace<K>(x).record(row, head, chunk);
 
   uint32_t q[4][C], k[4][C];

@@ -1,9 +1,10 @@
 /* Backward, third launch: all gradients of a block of 64 tokens and value head but dV, from the state before it, the
  * gradient of the state behind it, E and dW of its tokens.
  *
- * A warp has 16 channels of all tokens, channels as the M dimension of every product, so that running sums,
- * gates and (27), (28) stay inside a warp; only (24) and the norms (19) are shared. The X of (25) start three
- * accumulators: of q and k as the later ones of a pair (from the block's start), of k as the earlier one (to its end).
+ * A warp has 16 channels of 32 tokens, channels as the M dimension of every product, so that running sums,
+ * gates and (27), (28) stay inside a warp and its pair, which has the other half of the tokens. The X of (25) start
+ * three accumulators: of q and k as the later ones of two tokens (from the block's start), of k as the earlier one
+ * (to its end).
  *
  * Pairs of (27). Tokens 32.. against ..31, 16..31 against ..15, 48.. against 32..47, then 16 with themselves: a pair
  * belongs to one such level, which has an anchor a between the two, and e^{G_i - G_j} = e^{G_i - a} e^{a - G_j}.
@@ -19,25 +20,43 @@
 namespace fkda {
 namespace {
 
-constexpr int TILES = BLOCK_TOKENS / 8, SQUARES = BLOCK_TOKENS / 16;
+constexpr int TILES = STEP / 8, SQUARES = STEP / 16; /* of a warp's tokens */
 
 template <int K, int V>
 struct GradientsShared {
+  static constexpr int COLUMNS = K / 16; /* warps side by side */
   bf16 q[BLOCK_TOKENS * K], k[BLOCK_TOKENS * K];
-  bf16 d_out[BLOCK_TOKENS * V], E[BLOCK_TOKENS * V], dW[BLOCK_TOKENS * V];
+  union {
+    struct {
+      bf16 d_out[BLOCK_TOKENS * V], E[BLOCK_TOKENS * V], dW[BLOCK_TOKENS * V];
+    };
+    struct { /* operands over the middle of the block: of the first half's keys, of the second half's q and k */
+      uint4 columns[COLUMNS][SQUARES][32], rows[COLUMNS][2][SQUARES][32];
+    };
+  };
   /* Weights of raw pairs: scale dP_ij / |q_i| |k_j| and dM_ij / |k_i| |k_j|, below the diagonal; squares (i, j) of
    * the lower triangle by rows. */
-  bf16 P[10 * SQUARE], M[10 * SQUARE];
+  union {
+    struct {
+      bf16 P[10 * SQUARE], M[10 * SQUARE];
+    };
+    struct {
+      float sum_bias[2][K], sum_A[2 * COLUMNS];
+    };
+  };
+  union {
+    float ends[TILES][16]; /* G after each eight tokens, from the warp's first token */
+    float parts[2][STEP];  /* sum q dq, sum k dk over the warp's channels */
+  } by_warp[2][COLUMNS];
+  float whole[2][K];  /* G of each half */
+  float always[2][K]; /* what all tokens get in (28), halves to be added */
+  float behind[K];    /* what the first half gets from the second */
   float norm_k[BLOCK_TOKENS], norm_q[BLOCK_TOKENS], beta[BLOCK_TOKENS];
   float P_diagonal[BLOCK_TOKENS]; /* weight of q_i k_i */
   float d_beta[BLOCK_TOKENS];
   float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
-  union {
-    float ends[TILES][16];          /* G after each eight tokens */
-    float parts[2][BLOCK_TOKENS];   /* sum q dq, sum k dk over the warp's channels */
-  } by_warp[K / 16];
-  float sum_A[K / 16];
   Block block;
+  int row, head;
 };
 /* Rows of a gradient on their way out, over everything from q on. */
 template <int K>
@@ -66,46 +85,61 @@ __device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, flo
 
 template <int K, int V>
 struct Gradients {
-  static constexpr int WARPS = K / 16, THREADS = 32 * WARPS;
+  static constexpr int COLUMNS = K / 16, WARPS = 2 * COLUMNS, THREADS = 32 * WARPS;
   using Shared = GradientsShared<K, V>;
   const Backward &x;
   const fkda_problem &p;
   Shared &s;
   const Block &block;
-  const int warp, lane;
-  /* Accumulators, as all arrays [TILES][4]: tile n, i: token 8 n + 2 (lane % 4) + i % 2, channel
+  int half, warp, lane; /* the warp's tokens and channels */
+  /* Accumulators, as all arrays [TILES][4]: tile n, i: token 32 half + 8 n + 2 (lane % 4) + i % 2, channel
    * 16 warp + lane / 4 + 8 (i / 2). */
-  float q[TILES][4], late[TILES][4], early[TILES][4]; /* dq; dk as the later, as the earlier of two */
+  float q[TILES][4], k[TILES][4]; /* dq, dk */
   float D[TILES][4];                                  /* what is summed over i >= t in (28) */
   float G[TILES][4];
-  float always[2];      /* what all tokens of a channel get in (28) */
+  float overlap[2];                                   /* sum_v S dS, in parts */
 
   __device__ __forceinline__ Gradients(const Backward &x, Shared &s)
       : x(x),
         p(x.problem),
         s(s),
-        block(s.block),
-        warp(threadIdx.x / 32),
-        lane(threadIdx.x & 31) {}
+        block(s.block) {
+    refresh();
+  }
+  /* At the beginning of each part: or the compiler holds its addresses in registers from the start. */
+  __device__ __forceinline__ void refresh() {
+    const int thread = fresh(threadIdx.x);
+    half = thread / 32 / COLUMNS, warp = thread / 32 % COLUMNS, lane = thread & 31;
+  }
+  __device__ __forceinline__ void load_square(uint32_t (&r)[4], const bf16 *tile, int square) const {
+    load_matrices(r, tile + square * SQUARE + lane * 8);
+  }
+  __device__ __forceinline__ void load_square_transposed(uint32_t (&r)[4], const bf16 *tile,
+                                                         int square) const {
+    load_transposed(r, tile + square * SQUARE + lane * 8);
+  }
 
-  __device__ __forceinline__ int head() const { return (int)(blockIdx.x % p.HV); }
-  __device__ __forceinline__ int qk_head() const { return (int)((int64_t)head() * p.H / p.HV); }
-  __device__ __forceinline__ int64_t row() const { return blockIdx.x / p.HV; }
+  /* True; but the compiler cannot know, and does not begin with what follows before. It otherwise computes all
+   * exponentials first, for which there are no registers. */
+  __device__ __forceinline__ bool in_turn() const { return x.stages > 0; }
+
+  __device__ __forceinline__ int head() const { return s.head; }
+  __device__ __forceinline__ int64_t row() const { return s.row; }
 
   __device__ __forceinline__ float2 of_tokens(const float *vector, int n) const {
-    return *reinterpret_cast<const float2 *>(vector + 8 * n + 2 * (lane & 3));
+    return *reinterpret_cast<const float2 *>(vector + STEP * half + 8 * n + 2 * (lane & 3));
   }
   __device__ __forceinline__ int channel(int h) const { return 16 * warp + (lane >> 2) + 8 * h; }
 
   /* The raw q or k of 16 tokens, as A operand: pair 2 n + h is of tile n and channel h. */
   __device__ __forceinline__ void load_raw(uint32_t (&r)[4], const bf16 *tile, int square) const {
-    load_square_transposed(r, tile, square * (K / 16) + warp);
+    load_square_transposed(r, tile, (SQUARES * half + square) * (K / 16) + warp);
   }
 
   __device__ __forceinline__ void load() {
-    load_tile<BLOCK_TOKENS, K, THREADS>(s.q, p.q, row_of(p.q, block.span, block.t, qk_head()),
+    load_tile<BLOCK_TOKENS, K, THREADS>(s.q, p.q, row_of(p.q, block.span, block.t, qk_head_of(p, head())),
                                         block.tokens, x.aligned_q);
-    load_tile<BLOCK_TOKENS, K, THREADS>(s.k, p.k, row_of(p.k, block.span, block.t, qk_head()),
+    load_tile<BLOCK_TOKENS, K, THREADS>(s.k, p.k, row_of(p.k, block.span, block.t, qk_head_of(p, head())),
                                         block.tokens, x.aligned_k);
     load_tile<BLOCK_TOKENS, V, THREADS>(s.d_out, p.d_out,
                                         row_of(p.d_out, block.span, block.t, head()), block.tokens,
@@ -131,8 +165,9 @@ struct Gradients {
 
   /* (24), (23)'s d_beta. */
   __device__ __forceinline__ void weigh_pairs() {
+    refresh();
 #pragma unroll 1
-    for (int job = warp; job < 20; job += WARPS) {
+    for (int job = threadIdx.x / 32; job < 20; job += WARPS) {
       const bool of_q = job < 10;
       const int square = of_q ? job : job - 10;
       const int i = square >= 6 ? 3 : square >= 3 ? 2 : square >= 1 ? 1 : 0;
@@ -168,7 +203,8 @@ struct Gradients {
   }
 
   /* (25), and the last term of (28). */
-  __device__ __forceinline__ void meet_states() {
+  __device__ __forceinline__ void meet_states(float (&late)[TILES][4], float (&early)[TILES][4]) {
+    refresh();
     const Workspace<K> w(x);
     const int place = (warp * (V / 16)) * 32 + lane;
     const uint4 *S = reinterpret_cast<const uint4 *>(
@@ -180,23 +216,26 @@ struct Gradients {
     clear(q);
     clear(late);
     clear(early);
-    always[0] = always[1] = 0;
-#pragma unroll
+    overlap[0] = overlap[1] = 0;
+    uint4 s4 = __ldg(S), d4 = __ldg(dS);
+#pragma unroll 1
     for (int v = 0; v < V / 16; ++v) {
-      const uint4 s4 = __ldg(S + v * 32), d4 = __ldg(dS + v * 32);
       const uint32_t a[4] = {s4.x, s4.y, s4.z, s4.w}, d[4] = {d4.x, d4.y, d4.z, d4.w};
+      if (v + 1 < V / 16) s4 = __ldg(S += 32), d4 = __ldg(dS += 32);
+      if (v / (V / 32) == half)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        always[i & 1] = fmaf(low_of(a[i]), low_of(d[i]),
-                             fmaf(high_of(a[i]), high_of(d[i]), always[i & 1]));
+        for (int i = 0; i < 4; ++i)
+          overlap[i & 1] = fmaf(low_of(a[i]), low_of(d[i]),
+                                fmaf(high_of(a[i]), high_of(d[i]), overlap[i & 1]));
 #pragma unroll
       for (int i = 0; i < SQUARES; ++i) {
+        const int square = (SQUARES * half + i) * (V / 16) + v;
         uint32_t r[4];
-        load_square(r, s.d_out, i * (V / 16) + v);
+        load_square(r, s.d_out, square);
         mma_rows(q[2 * i], q[2 * i + 1], a, r);
-        load_square(r, s.dW, i * (V / 16) + v);
+        load_square(r, s.dW, square);
         mma_rows(late[2 * i], late[2 * i + 1], a, r);
-        load_square(r, s.E, i * (V / 16) + v);
+        load_square(r, s.E, square);
         mma_rows(early[2 * i], early[2 * i + 1], d, r);
       }
     }
@@ -218,7 +257,7 @@ struct Gradients {
   template <class Element>
   __device__ __forceinline__ void load_gates_as(float (&g)[TILES][4]) const {
     const int64_t stride = p.g.stride_t;
-    const int token = 2 * (fresh_lane() & 3);
+    const int token = STEP * half + 2 * (fresh_lane() & 3);
     const Element *from = static_cast<const Element *>(p.g.data) +
                           row_of(p.g, block.span, block.t + token, head()) + channel(0);
 #pragma unroll
@@ -263,7 +302,7 @@ struct Gradients {
           y[e] = p.gate == FKDA_GATE_BOUNDED    ? gate.decay<FKDA_GATE_BOUNDED>(raw)
                  : p.gate == FKDA_GATE_SOFTPLUS ? gate.decay<FKDA_GATE_SOFTPLUS>(raw)
                                                 : gate.decay<FKDA_GATE_DIRECT>(raw);
-          if (8 * n + 2 * (lane & 3) + e >= block.tokens) y[e] = 0;
+          if (STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) y[e] = 0;
         }
         float sum = y[0] + y[1];
 #pragma unroll
@@ -278,43 +317,65 @@ struct Gradients {
         const float whole = __shfl_sync(0xffffffffu, sum, lane | 3);
         over |= !(-whole <= ANCHOR_RANGE);
         carry += whole;
-        if ((lane & 3) == 0) s.by_warp[warp].ends[n][8 * h + (lane >> 2)] = carry;
+        if ((lane & 3) == 0) s.by_warp[half][warp].ends[n][8 * h + (lane >> 2)] = carry;
       }
+      if ((lane & 3) == 0) s.whole[half][channel(h)] = carry;
     }
     return over;
   }
 
-  /* The terms of (28) with states. */
-  __device__ __forceinline__ void start_sums() {
-    float total[2] = {0, 0}, end[2];
-    anchor(end, TILES - 1);
+  /* The terms of (28) with states; operands for the pairs over the middle of the block. */
+  template <int HALF>
+  __device__ __forceinline__ void start_sums(float (&late)[TILES][4], float (&early)[TILES][4]) {
+    refresh();
+    float a[2], other[2];
 #pragma unroll
-    for (int i = 0; i < SQUARES; ++i) {
-      uint32_t q_raw[4], k_raw[4];
-      load_raw(q_raw, s.q, i);
-      load_raw(k_raw, s.k, i);
+    for (int h = 0; h < 2; ++h) other[h] = exp2_approx(s.whole[1 - half][channel(h)]);
+    anchor(a, TILES - 1);
+    float total[2] = {overlap[0] * exp2_approx(a[0]) * other[0],
+                      overlap[1] * exp2_approx(a[1]) * other[1]};
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int n = 2 * i + (r >> 1), h = r & 1;
+    for (int n = 0; n < TILES; ++n) {
+      if (!in_turn()) break;
+      uint32_t raw[4];
+      float e[4];
+      load_raw(raw, s.k, n / 2);
+      const uint32_t k_raw[2] = {raw[n % 2 * 2], raw[n % 2 * 2 + 1]};
+      load_raw(raw, s.q, n / 2);
+      const uint32_t q_raw[2] = {raw[n % 2 * 2], raw[n % 2 * 2 + 1]};
+      const auto put = [&](uint4 *to, const uint32_t(&x)[2], const float(&e)[4]) {
+        reinterpret_cast<uint2 *>(&to[n / 2 * 32 + lane])[n % 2] =
+            make_uint2(pack(low_of(x[0]) * e[0], high_of(x[0]) * e[1]),
+                       pack(low_of(x[1]) * e[2], high_of(x[1]) * e[3]));
+      };
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int at = 2 * h + e;
-          const float qq = e ? high_of(q_raw[r]) : low_of(q_raw[r]);
-          const float kk = e ? high_of(k_raw[r]) : low_of(k_raw[r]);
-          const float start = exp2_approx(G[n][at]), to_end = exp2_approx(end[h] - G[n][at]);
-          q[n][at] *= start;
-          late[n][at] *= start;
-          early[n][at] *= to_end;
-          total[h] = fmaf(kk, early[n][at], total[h]);
-          D[n][at] = fmaf(qq, q[n][at], kk * (late[n][at] - early[n][at]));
-        }
+      for (int i = 0; i < 4; ++i) e[i] = exp2_approx(a[i >> 1] - G[n][i]);
+      if (!HALF) put(s.columns[warp][0], k_raw, e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = i & 1 ? high_of(k_raw[i >> 1]) : low_of(k_raw[i >> 1]);
+        k[n][i] = early[n][i] * (HALF ? e[i] : e[i] * other[i >> 1]);
+        D[n][i] = -x * k[n][i];
+        total[i >> 1] -= D[n][i];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e[i] = exp2_approx(G[n][i]);
+      if (HALF) put(s.rows[warp][1][0], k_raw, e), put(s.rows[warp][0][0], q_raw, e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = i & 1 ? high_of(k_raw[i >> 1]) : low_of(k_raw[i >> 1]);
+        const float x_q = i & 1 ? high_of(q_raw[i >> 1]) : low_of(q_raw[i >> 1]);
+        const float y = HALF ? e[i] * other[i >> 1] : e[i];
+        q[n][i] *= y;
+        k[n][i] = fmaf(late[n][i], y, k[n][i]);
+        D[n][i] = fmaf(x_q, q[n][i], fmaf(x * late[n][i], y, D[n][i]));
       }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      always[h] = fmaf(always[h], exp2_approx(end[h]), total[h]);
-      always[h] += __shfl_xor_sync(0xffffffffu, always[h], 1);
-      always[h] += __shfl_xor_sync(0xffffffffu, always[h], 2);
+      total[h] += __shfl_xor_sync(0xffffffffu, total[h], 1);
+      total[h] += __shfl_xor_sync(0xffffffffu, total[h], 2);
+      if ((lane & 3) == 0) s.always[half][channel(h)] = total[h];
     }
   }
 
@@ -330,16 +391,20 @@ struct Gradients {
       }
   }
   /* raw e as operand */
-  __device__ __forceinline__ void decayed(uint32_t (&f)[4], const bf16 *raw, int square,
-                                          const float (&e)[2][4]) const {
-    uint32_t r[4];
-    load_raw(r, raw, square);
+  __device__ __forceinline__ static void decayed(uint32_t (&f)[4], const uint32_t (&raw)[4],
+                                                 const float (&e)[2][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float(&x)[4] = e[i >> 1];
       const int h = i & 1;
-      f[i] = pack(low_of(r[i]) * x[2 * h], high_of(r[i]) * x[2 * h + 1]);
+      f[i] = pack(low_of(raw[i]) * x[2 * h], high_of(raw[i]) * x[2 * h + 1]);
     }
+  }
+  __device__ __forceinline__ void decayed(uint32_t (&f)[4], const bf16 *raw, int square,
+                                          const float (&e)[2][4]) const {
+    uint32_t r[4];
+    load_raw(r, raw, square);
+    decayed(f, r, e);
   }
 
   /* What a level's products y of 16 tokens with the others add: to D by the operand f they will meet, to the
@@ -359,60 +424,100 @@ struct Gradients {
   }
 
   __device__ __forceinline__ void anchor(float (&a)[2], int tile) const {
-    a[0] = s.by_warp[warp].ends[tile][lane >> 2];
-    a[1] = s.by_warp[warp].ends[tile][8 + (lane >> 2)];
+    a[0] = s.by_warp[half][warp].ends[tile][lane >> 2];
+    a[1] = s.by_warp[half][warp].ends[tile][8 + (lane >> 2)];
   }
 
-  /* The pairs of squares I.. with squares J.., COUNT of each, the anchor at the end of a tile. */
-  template <int I, int J, int COUNT>
-  __device__ __forceinline__ void level(int tile) {
-    __syncwarp(); /* keeps what follows behind what precedes, or registers do not do */
-    float a[2];
-    anchor(a, tile);
-    uint32_t columns[COUNT][4];
-    float z[COUNT][2][4], e[2][4];
+  /* The square (i, j) of the warp's own tokens. */
+  __device__ __forceinline__ int own_square(int i, int j) const {
+    return lower_square(i, j) + (half ? 5 + 2 * i : 0);
+  }
+  __device__ __forceinline__ static void unpack(uint32_t (&f)[4], const uint4 &x) {
+    f[0] = x.x, f[1] = x.y, f[2] = x.z, f[3] = x.w;
+  }
+
+  /* The pairs over the middle of the block. */
+  __device__ __forceinline__ void middle() {
+    refresh();
+    uint32_t f[4], r[4];
+    float e[2][4];
+    if (half) {
+      const float start[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < COUNT; ++j) {
-      decays<-1>(e, J + j, a);
-      decayed(columns[j], s.k, J + j, e);
-      clear(z[j]);
-    }
+      for (int i = 0; i < SQUARES; ++i) {
+        if (!in_turn()) break;
+        decays<1>(e, i, start);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      anchor(a, fresh(tile)); /* or the compiler begins with the exponentials of all rows */
-      decays<1>(e, I + i, a);
+        for (int of_k = 0; of_k < 2; ++of_k) {
+          float y[2][4];
+          clear(y);
 #pragma unroll
-      for (int of_k = 0; of_k < 2; ++of_k) {
-        uint32_t row[4], r[4];
-        float y[2][4];
-        decayed(row, of_k ? s.k : s.q, I + i, e);
-        clear(y);
-#pragma unroll
-        for (int j = 0; j < COUNT; ++j) {
-          const int square = lower_square(I + i, J + j);
-          load_square(r, of_k ? s.M : s.P, square);
-          mma_rows(y[0], y[1], columns[j], r);
-          load_square_transposed(r, of_k ? s.M : s.P, square);
-          mma_columns(z[j][0], z[j][1], row, r);
+          for (int j = 0; j < SQUARES; ++j) {
+            unpack(f, s.columns[warp][j][lane]);
+            load_square(r, of_k ? s.M : s.P, lower_square(SQUARES + i, j));
+            mma_rows(y[0], y[1], f, r);
+          }
+          unpack(f, s.rows[warp][of_k][i][lane]);
+          add<1>(of_k ? k : q, i, f, e, y);
         }
-        add<1>(of_k ? late : q, I + i, row, e, y);
+      }
+    } else {
+      float end[2];
+      anchor(end, TILES - 1);
+#pragma unroll
+      for (int j = 0; j < SQUARES; ++j) {
+        float z[2][4];
+        if (!in_turn()) break;
+        clear(z);
+#pragma unroll
+        for (int i = 0; i < SQUARES; ++i)
+#pragma unroll
+          for (int of_k = 0; of_k < 2; ++of_k) {
+            unpack(f, s.rows[warp][of_k][i][lane]);
+            load_square_transposed(r, of_k ? s.M : s.P, lower_square(SQUARES + i, j));
+            mma_columns(z[0], z[1], f, r);
+          }
+        decays<-1>(e, j, end);
+        unpack(f, s.columns[warp][j][lane]);
+        add<-1>(k, j, f, e, z);
       }
     }
-    anchor(a, fresh(tile)); /* or it holds the exponentials from above in registers */
+  }
+
+  /* The pairs of the warp's square I with its square J, the anchor at the end of a tile. */
+  template <int I, int J>
+  __device__ __forceinline__ void level(int tile) {
+    refresh();
+    uint32_t column[4], row[4], r[4];
+    float a[2], y[2][4], z[2][4], e[2][4];
+    anchor(a, tile);
+    decays<-1>(e, J, a);
+    decayed(column, s.k, J, e);
+    clear(z);
+    decays<1>(e, I, a);
 #pragma unroll
-    for (int j = 0; j < COUNT; ++j) {
-      decays<-1>(e, J + j, a);
-      add<-1>(early, J + j, columns[j], e, z[j]);
+    for (int of_k = 0; of_k < 2; ++of_k) {
+      decayed(row, of_k ? s.k : s.q, I, e);
+      clear(y);
+      load_square(r, of_k ? s.M : s.P, own_square(I, J));
+      mma_rows(y[0], y[1], column, r);
+      load_square_transposed(r, of_k ? s.M : s.P, own_square(I, J));
+      mma_columns(z[0], z[1], row, r);
+      add<1>(of_k ? k : q, I, row, e, y);
     }
+    anchor(a, fresh(tile)); /* or the compiler holds the exponentials from above in registers */
+    decays<-1>(e, J, a);
+    add<-1>(k, J, column, e, z);
   }
 
   /* 16 tokens with themselves where one anchor does not do: two of them part at the highest bit in which they
    * differ, and have their anchor there. */
   template <int I>
   __device__ __forceinline__ void by_levels() {
+    refresh();
 #pragma unroll 1
     for (int width = 8; width; width /= 2) {
-      float later[2][4], sooner[2][4], middle[2];
+      float e[2][4], middle[2];
       anchor(middle, 2 * I);
       const int source = (lane & ~3) | (width == 4 ? 1 : width == 2 ? lane & 2 : lane & 3);
 #pragma unroll
@@ -422,20 +527,19 @@ struct Gradients {
           const float(&g)[4] = G[2 * I + n];
           float a = __shfl_sync(0xffffffffu, width == 1 ? g[2 * h] : g[2 * h + 1], source);
           if (width == 8) a = middle[h];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const bool after = (8 * n + 2 * (lane & 3) + e) & width;
-            const float d = exp2_approx(after ? g[2 * h + e] - a : a - g[2 * h + e]);
-            later[n][2 * h + e] = after ? d : 0, sooner[n][2 * h + e] = after ? 0 : d;
-          }
+          e[n][2 * h] = exp2_approx(-fabsf(g[2 * h] - a));
+          e[n][2 * h + 1] = exp2_approx(-fabsf(g[2 * h + 1] - a));
         }
-      /* this level's pairs: of the matrices on the diagonal, which are masked like their transposes, and of the
-       * one below */
+      /* pairs of tokens behind their anchor; this level's pairs of the matrices on the diagonal, which are masked
+       * like their transposes, and of the one below */
+      const uint32_t behind = width == 4   ? (lane & 2 ? 0xffffffffu : 0)
+                              : width == 2 ? (lane & 1 ? 0xffffffffu : 0)
+                                           : 0xffff0000u;
       uint32_t mask = 0;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int differ = (lane >> 2) ^ (2 * (lane & 3) + e);
-        if (differ && 1 << (31 - __clz(differ)) == width) mask |= 0xffffu << 16 * e;
+      for (int i = 0; i < 2; ++i) {
+        const int differ = (lane >> 2) ^ (2 * (lane & 3) + i);
+        if (differ && 1 << (31 - __clz(differ)) == width) mask |= 0xffffu << 16 * i;
       }
       const uint32_t corner = width == 8 ? 0xffffffffu : 0;
       const auto choose = [&](uint32_t(&r)[4]) {
@@ -443,55 +547,56 @@ struct Gradients {
         r[1] = 0, r[2] &= corner;
       };
       uint32_t column[4], row[4], r[4];
-      decayed(column, s.k, I, sooner);
       float y[2][4], z[2][4];
+      decayed(column, s.k, I, e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) column[i] &= width == 8 ? (i < 2 ? 0xffffffffu : 0) : ~behind;
       clear(z);
 #pragma unroll
       for (int of_k = 0; of_k < 2; ++of_k) {
-        decayed(row, of_k ? s.k : s.q, I, later);
+        decayed(row, of_k ? s.k : s.q, I, e);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) row[i] &= width == 8 ? (i < 2 ? 0 : 0xffffffffu) : behind;
         clear(y);
-        load_square(r, of_k ? s.M : s.P, lower_square(I, I));
+        load_square(r, of_k ? s.M : s.P, own_square(I, I));
         choose(r);
         mma_rows(y[0], y[1], column, r);
-        add<1>(of_k ? late : q, I, row, later, y);
-        load_square_transposed(r, of_k ? s.M : s.P, lower_square(I, I));
+        add<1>(of_k ? k : q, I, row, e, y);
+        load_square_transposed(r, of_k ? s.M : s.P, own_square(I, I));
         choose(r);
         mma_columns(z[0], z[1], row, r);
       }
-      add<-1>(early, I, column, sooner, z);
+      add<-1>(k, I, column, e, z);
     }
   }
 
   __device__ __forceinline__ void sum_pairs(bool levels) {
-    level<2, 0, 2>(3);
-    level<1, 0, 1>(1);
-    level<3, 2, 1>(5);
+    middle();
+    level<1, 0>(1);
     if (levels) {
       by_levels<0>();
       by_levels<1>();
-      by_levels<2>();
-      by_levels<3>();
     } else {
-      level<0, 0, 1>(0);
-      level<1, 1, 1>(2);
-      level<2, 2, 1>(4);
-      level<3, 3, 1>(6);
+      level<0, 0>(0);
+      level<1, 1>(2);
     }
   }
 
-  template <int WIDTH>
-  __device__ __forceinline__ void halve(float (&y)[32]) const {
+  /* Adds lanes WIDTH apart: each keeps half of its numbers, and gets the other's. */
+  template <int COUNT, int WIDTH>
+  __device__ __forceinline__ void halve(float (&y)[16]) const {
     const bool upper = lane & WIDTH;
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      const float mine = upper ? y[i + WIDTH] : y[i], other = upper ? y[i] : y[i + WIDTH];
+    for (int i = 0; i < COUNT; ++i) {
+      const float mine = upper ? y[i + COUNT] : y[i], other = upper ? y[i] : y[i + COUNT];
       y[i] = mine + __shfl_xor_sync(0xffffffffu, other, WIDTH);
     }
   }
 
-  /* q becomes dq, late dk, by raw q and k: the diagonal of P, then (19). */
+  /* Gradients by raw q and k: the diagonal of P, then (19). */
   __device__ __forceinline__ void finish_keys() {
-    float along[32]; /* [q, k][tile][e] */
+    refresh();
+    float along[16]; /* [q, k][tile][e] */
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i) {
       uint32_t q_raw[4], k_raw[4];
@@ -509,33 +614,40 @@ struct Gradients {
             const uint32_t qq = q_raw[2 * n + h], kk = k_raw[2 * n + h];
             const float q1 = e ? high_of(qq) : low_of(qq), k1 = e ? high_of(kk) : low_of(kk);
             const float weight = e ? weights.y : weights.x;
-            float &dq = q[tile][2 * h + e], &dk = late[tile][2 * h + e];
+            float &dq = q[tile][2 * h + e], &dk = k[tile][2 * h + e];
             dq = fmaf(weight, k1, dq);
-            dk = fmaf(weight, q1, dk + early[tile][2 * h + e]);
+            dk = fmaf(weight, q1, dk);
             along_q[e] = fmaf(q1, dq, along_q[e]);
             along_k[e] = fmaf(k1, dk, along_k[e]);
           }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) along[2 * tile + e] = along_q[e], along[16 + 2 * tile + e] = along_k[e];
+        for (int e = 0; e < 2; ++e) along[2 * tile + e] = along_q[e], along[8 + 2 * tile + e] = along_k[e];
       }
     }
-    if (!p.l2norm) return;
-    /* Sums over the warp's channels, lanes 4 apart: each halves what it holds, and adds the other's half. */
-    halve<16>(along);
-    halve<8>(along);
-    halve<4>(along);
+    if (half) /* for the other half's sums in (28) */
 #pragma unroll
-    for (int i = 0; i < 4; ++i) { /* of [lane / 16][tile: bits 3, 2 of the lane, i / 2][i % 2] */
-      const int tile = (lane >> 2 & 3) * 2 + (i >> 1);
-      s.by_warp[warp].parts[lane >> 4][8 * tile + 2 * (lane & 3) + (i & 1)] = along[i];
-    }
+      for (int h = 0; h < 2; ++h) {
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) sum += D[n][2 * h] + D[n][2 * h + 1];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if ((lane & 3) == 0) s.behind[channel(h)] = sum;
+      }
+    halve<8, 16>(along);
+    halve<4, 8>(along);
+    halve<2, 4>(along);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) /* of [lane / 16][tile lane / 4 % 4][i] */
+      s.by_warp[half][warp].parts[lane >> 4][8 * (lane >> 2 & 3) + 2 * (lane & 3) + i] = along[i];
     __syncthreads();
+    if (!p.l2norm) return;
     if (threadIdx.x < 2 * BLOCK_TOKENS) {
       const int of_k = threadIdx.x / BLOCK_TOKENS, token = threadIdx.x % BLOCK_TOKENS;
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += s.by_warp[w].parts[of_k][token];
-      const float norm = of_k ? s.norm_k[token] : s.norm_q[token] / (float)p.scale;
+      for (int w = 0; w < COLUMNS; ++w) sum += s.by_warp[token / STEP][w].parts[of_k][token % STEP];
+      const float norm = of_k ? s.norm_k[token] : s.norm_q[token] * reciprocal((float)p.scale);
       s.along[of_k][token] = p.scale != 0 || of_k ? sum * norm * norm : 0;
     }
     __syncthreads();
@@ -550,14 +662,15 @@ struct Gradients {
         const float2 of_q = of_tokens(s.along[0], tile), of_k = of_tokens(s.along[1], tile);
         q[tile][2 * h] = fmaf(-of_q.x, low_of(q_raw[r]), q[tile][2 * h]);
         q[tile][2 * h + 1] = fmaf(-of_q.y, high_of(q_raw[r]), q[tile][2 * h + 1]);
-        late[tile][2 * h] = fmaf(-of_k.x, low_of(k_raw[r]), late[tile][2 * h]);
-        late[tile][2 * h + 1] = fmaf(-of_k.y, high_of(k_raw[r]), late[tile][2 * h + 1]);
+        k[tile][2 * h] = fmaf(-of_k.x, low_of(k_raw[r]), k[tile][2 * h]);
+        k[tile][2 * h + 1] = fmaf(-of_k.y, high_of(k_raw[r]), k[tile][2 * h + 1]);
       }
     }
   }
 
   /* (28), (20): D becomes the gradient by the raw gate. */
   __device__ __forceinline__ void finish_gates() {
+    refresh();
     const Workspace<K> w(x);
     float *sums =
         reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row(), w.heads, head()));
@@ -567,7 +680,8 @@ struct Gradients {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float bias = bias_of(h);
-      float carry = always[h], sum_bias = 0;
+      float carry = s.always[0][channel(h)] + s.always[1][channel(h)], sum_bias = 0;
+      if (!half) carry += s.behind[channel(h)];
 #pragma unroll
       for (int n = TILES - 1; n >= 0; --n) {
         const float own = D[n][2 * h] + D[n][2 * h + 1];
@@ -585,7 +699,7 @@ struct Gradients {
         carry += __shfl_sync(0xffffffffu, sum, lane & ~3);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int token = 8 * n + 2 * (lane & 3) + e;
+          const int token = STEP * half + 8 * n + 2 * (lane & 3) + e;
           if (token < block.tokens) {
             sum_A += gate_back(p, G[n][2 * h + e], bias, exp_A, dg[e]);
             sum_bias += dg[e];
@@ -595,12 +709,13 @@ struct Gradients {
       }
       sum_bias += __shfl_xor_sync(0xffffffffu, sum_bias, 1);
       sum_bias += __shfl_xor_sync(0xffffffffu, sum_bias, 2);
-      if ((lane & 3) == 0) sums[channel(h)] = sum_bias;
+      if ((lane & 3) == 0) s.sum_bias[half][channel(h)] = sum_bias;
     }
 #pragma unroll
     for (int width = 16; width; width /= 2) sum_A += __shfl_xor_sync(0xffffffffu, sum_A, width);
-    if (lane == 0) s.sum_A[warp] = sum_A;
+    if (lane == 0) s.sum_A[COLUMNS * half + warp] = sum_A;
     __syncthreads();
+    if (threadIdx.x < K) sums[threadIdx.x] = s.sum_bias[0][threadIdx.x] + s.sum_bias[1][threadIdx.x];
     if (threadIdx.x == 0) {
       float sum = 0;
 #pragma unroll
@@ -615,12 +730,13 @@ struct Gradients {
     float *out = reinterpret_cast<float *>(&s);
     static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, P), "rows");
     if (!to.data) return;
+    refresh();
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        out[(8 * n + 2 * (lane & 3) + (e & 1)) * OUT_PITCH<K> + channel(e >> 1)] = y[n][e];
+        out[(STEP * half + 8 * n + 2 * (lane & 3) + (e & 1)) * OUT_PITCH<K> + channel(e >> 1)] = y[n][e];
     __syncthreads();
     const int64_t first = row_of(to, block.span, block.t, of_head);
 #pragma unroll 1
@@ -680,10 +796,15 @@ struct Gradients {
     cute::cp_async_wait<0>();
     const bool levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
     weigh_pairs();
-    meet_states();
+    float late[TILES][4], early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
+    meet_states(late, early);
     __syncthreads(); /* the pairs' weights are there */
     store_beta();
-    start_sums();
+    if (half)
+      start_sums<1>(late, early);
+    else
+      start_sums<0>(late, early);
+    __syncthreads();
     sum_pairs(levels);
     finish_keys();
     if (p.d_g.data || p.d_A_log.data || p.d_dt_bias.data) finish_gates();
@@ -692,8 +813,8 @@ struct Gradients {
       part_q = reinterpret_cast<float *>(Workspace<K>(x).record(row(), head(), 0));
       part_k = part_q + BLOCK_TOKENS * K;
     }
-    store(q, p.d_q, qk_head(), x.aligned_d_q, part_q);
-    store(late, p.d_k, qk_head(), x.aligned_d_k, part_k);
+    store(q, p.d_q, qk_head_of(p, head()), x.aligned_d_q, part_q);
+    store(k, p.d_k, qk_head_of(p, head()), x.aligned_d_k, part_k);
     store(D, p.d_g, head(), x.aligned_d_g, nullptr);
   }
 };
@@ -705,16 +826,16 @@ __device__ __forceinline__ void gradients(const Backward &x) {
                 "shared memory");
   GradientsShared<K, V> &shared = *reinterpret_cast<GradientsShared<K, V> *>(memory);
   const fkda_problem &p = x.problem;
-  const int head = (int)(blockIdx.x % p.HV);
-  const int64_t row = blockIdx.x / p.HV;
+  const int head = (int)(blockIdx.x % heads_of(p));
+  const int64_t row = blockIdx.x / heads_of(p);
   Block block;
   if (!find_block(p, row, block)) { /* nobody's: nothing to add */
     const Workspace<K> w(x);
     float *sums = reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row, w.heads, head));
-    for (int i = threadIdx.x; i <= K; i += 2 * K) sums[i] = 0;
+    for (int i = threadIdx.x; i <= K; i += FKDA_BACKWARD_GRADIENTS_THREADS(K)) sums[i] = 0;
     return;
   }
-  if (threadIdx.x == 0) shared.block = block;
+  if (threadIdx.x == 0) shared.block = block, shared.row = (int)row, shared.head = head;
   __syncthreads();
   Gradients<K, V>(x, shared).run();
 }

@@ -107,8 +107,8 @@ FKDA_HOST_DEVICE static inline int64_t fkda_portable_backward_workspace(int64_t 
 #define FKDA_BACKWARD_WALK_SHARED(K, part, stages) ((stages)*FKDA_BACKWARD_WALK_STAGE(K, part))
 
 /* fkda_portable_backward_gradients_k<K>_v<V>: rows * HV blocks. */
-#define FKDA_BACKWARD_GRADIENTS_THREADS(K) (2 * (K))
-#define FKDA_BACKWARD_GRADIENTS_SHARED(K, V) (256 * (K) + 384 * (V) + 10240 + 6656)
+#define FKDA_BACKWARD_GRADIENTS_THREADS(K) (4 * (K))
+#define FKDA_BACKWARD_GRADIENTS_SHARED(K, V) (256 * (K) + 384 * (V) + 10240 + 8704)
 
 /* fkda_portable_backward_reduce_k<K>: HV blocks if d_A_log or d_dt_bias is wanted; then, if HV > H and d_q or d_k is
  * wanted, rows * H blocks in a launch of fkda_portable_backward_group_k<K>. Shared memory is static. */

@@ -45,8 +45,8 @@ __device__ __forceinline__ void store_float(const fkda_rows &to, int64_t at, flo
 template <int K>
 __device__ __forceinline__ void add_group(const Backward &x) {
   const fkda_problem &p = x.problem;
-  const int head = (int)(blockIdx.x % p.H), group = (int)(p.HV / p.H);
-  const int64_t row = blockIdx.x / p.H;
+  const int head = (int)(blockIdx.x % (uint32_t)p.H), group = (int)((uint32_t)p.HV / (uint32_t)p.H);
+  const int64_t row = blockIdx.x / (uint32_t)p.H;
   Block block;
   if (!find_block(p, row, block)) return;
   const Workspace<K> w(x);

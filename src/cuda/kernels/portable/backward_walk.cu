@@ -368,15 +368,15 @@ template <int K, int VP>
 __device__ __forceinline__ void run_walk(const Backward &x) {
   extern __shared__ __align__(128) char memory[];
   const fkda_problem &p = x.problem;
-  int64_t id = blockIdx.x;
-  const int64_t walks = p.N * p.HV * x.value_split;
+  uint32_t id = blockIdx.x;
+  const uint32_t walks = (uint32_t)(p.N * p.HV) * x.value_split;
   const bool forward = id >= walks;
   if (forward) id -= walks;
   Walk walk;
   walk.v_begin = (int)(id % x.value_split) * VP;
   id /= x.value_split;
-  walk.head = (int)(id % p.HV);
-  walk.n = id / p.HV;
+  walk.head = (int)(id % heads_of(p));
+  walk.n = id / heads_of(p);
   walk.span = clamped_span(p, walk.n);
   walk.first = first_block(p, walk.span, walk.n);
   walk.chunks = (int)((walk.span.length + BLOCK_TOKENS - 1) / BLOCK_TOKENS) * (BLOCK_TOKENS / STEP);
