@@ -291,7 +291,7 @@ EXPORT int cuLaunchKernelEx(const launch_config *c, void *launched, void **param
                               .device = f->device};
   memcpy(fake.launch.entry, fake.entries[f->index], sizeof fake.launch.entry);
   memcpy(fake.launch.params, parameters[0], fake.params_size(fake.launch.entry));
+  fake.history[atomic_fetch_add(&fake.launches, 1) % FAKE_HISTORY] = fake.launch;
   pthread_mutex_unlock(&mutex);
-  atomic_fetch_add(&fake.launches, 1);
   return SUCCESS;
 }

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { FAKE_DEVICES = 3, FAKE_FUNCTIONS = 64, FAKE_PARAMS = 2048 };
+enum { FAKE_DEVICES = 3, FAKE_FUNCTIONS = 64, FAKE_PARAMS = 2048, FAKE_HISTORY = 8 };
 
 /* A CUstream. */
 typedef struct fake_stream {
@@ -52,7 +52,8 @@ typedef struct fake_driver {
   char entries[FAKE_FUNCTIONS][64]; /* of cuModuleGetFunction, in order */
   int entry_shared[FAKE_FUNCTIONS];
   int entry_device[FAKE_FUNCTIONS];
-  fake_launch launch; /* the last one */
+  fake_launch launch;                /* the last one */
+  fake_launch history[FAKE_HISTORY]; /* launch number i is at i % FAKE_HISTORY */
   atomic_int mistakes;
   char mistake[128]; /* the last one */
 } fake_driver;

@@ -137,16 +137,16 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
           decode && aligned_by_four(&p->initial) && (!p->final.data || aligned_by_four(&p->final)),
   };
   const fkda_cuda_launch l = {
+      .kernels = &kernels,
       .kernel =
           decode ? decode_kernel(p->K, p->layout) : prefill_kernel(p->K, p->V / plan->value_split),
       .blocks = (uint32_t)plan->tasks,
       .threads = decode ? FKDA_PORTABLE_DECODE_THREADS
                         : FKDA_PORTABLE_PREFILL_THREADS(p->V / plan->value_split),
       .params = &params,
-      .stream = p->stream,
       .waits = decode,
   };
-  return fkda_cuda_kernels_launch(&kernels, driver, p->device_id, &l);
+  return fkda_cuda_launch_all(driver, p->device_id, p->stream, &l, 1);
 }
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {

@@ -186,14 +186,14 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   fkda_sm90_params params = {.problem = *p, .value_split = plan->value_split};
   const int64_t processors = driver->devices[p->device_id].processors; /* a block fills one */
   const fkda_cuda_launch l = {
+      .kernels = &kernels,
       .kernel = kernel_of(p, p->V / plan->value_split),
       .blocks = (uint32_t)(plan->tasks < processors ? plan->tasks : processors),
       .threads = FKDA_SM90_PREFILL_THREADS,
       .params = &params,
-      .stream = p->stream,
       .prepare = make_maps,
   };
-  return fkda_cuda_kernels_launch(&kernels, driver, p->device_id, &l);
+  return fkda_cuda_launch_all(driver, p->device_id, p->stream, &l, 1);
 }
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {

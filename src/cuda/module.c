@@ -106,9 +106,9 @@ static fkda_status load_functions(const fkda_cuda_driver *d, const fkda_cuda_ker
   return status;
 }
 
-static fkda_status refuse_capture(const fkda_cuda_driver *d, const fkda_cuda_launch *launch) {
+static fkda_status refuse_capture(const fkda_cuda_driver *d, void *stream) {
   int status = FKDA_CU_CAPTURE_NONE;
-  const int result = d->api.stream_is_capturing(launch->stream, &status);
+  const int result = d->api.stream_is_capturing(stream, &status);
   if (result && result != FKDA_CU_ERROR_STREAM_CAPTURE_IMPLICIT)
     return fkda_cuda_fail(d, result, "cuStreamIsCapturing");
   if (!result && status == FKDA_CU_CAPTURE_NONE) return FKDA_OK;
@@ -117,12 +117,12 @@ static fkda_status refuse_capture(const fkda_cuda_driver *d, const fkda_cuda_lau
                    "fkda_warmup() or the function itself on this device before the capture");
 }
 
-/* In the primary context. launch: what the kernels are loaded for; NULL for a warm-up. */
+/* In the primary context. stream: where the kernels are to be launched at once; NULL for a warm-up. */
 static fkda_status load_here(const fkda_cuda_driver *d, fkda_cuda_kernels *kernels,
-                             loaded_kernels *l, const fkda_cuda_launch *launch) {
+                             loaded_kernels *l, void *const *stream) {
   bool pushed;
   TRY(enter(d, l->context, &pushed));
-  fkda_status status = launch ? refuse_capture(d, launch) : FKDA_OK;
+  fkda_status status = stream ? refuse_capture(d, *stream) : FKDA_OK;
   if (!status) {
     /* Other threads may be capturing in CU_STREAM_CAPTURE_MODE_GLOBAL, which our loading would spoil. */
     int mode = FKDA_CU_CAPTURE_MODE_RELAXED;
@@ -139,7 +139,7 @@ static fkda_status load_here(const fkda_cuda_driver *d, fkda_cuda_kernels *kerne
 }
 
 static fkda_status load(const fkda_cuda_driver *d, fkda_cuda_kernels *kernels, int32_t device_id,
-                        const fkda_cuda_launch *launch) {
+                        void *const *stream) {
   const size_t size =
       sizeof(loaded_kernels) + (size_t)kernels->count * sizeof(((loaded_kernels *)0)->kernel[0]);
   loaded_kernels *l = calloc(1, size);
@@ -148,7 +148,7 @@ static fkda_status load(const fkda_cuda_driver *d, fkda_cuda_kernels *kernels, i
   const int handle = d->devices[device_id].handle;
   const int result = d->api.primary_context_retain(&l->context, handle);
   fkda_status status = result ? fkda_cuda_fail(d, result, "cuDevicePrimaryCtxRetain")
-                              : load_here(d, kernels, l, launch);
+                              : load_here(d, kernels, l, stream);
   if (status) {
     if (!result) (void)d->api.primary_context_release(handle);
     free(l);
@@ -161,12 +161,12 @@ static fkda_status load(const fkda_cuda_driver *d, fkda_cuda_kernels *kernels, i
 
 /* The device's functions, loaded if need be. The failure of an attempt is not remembered. */
 static fkda_status get(const fkda_cuda_driver *d, fkda_cuda_kernels *kernels, int32_t device_id,
-                       const fkda_cuda_launch *launch, loaded_kernels **l) {
+                       void *const *stream, loaded_kernels **l) {
   if ((*l = find(kernels, device_id))) return FKDA_OK;
   pthread_mutex_lock(&loading);
   fkda_status status = FKDA_OK;
   if (!(*l = find(kernels, device_id))) {
-    status = load(d, kernels, device_id, launch);
+    status = load(d, kernels, device_id, stream);
     if (!status) *l = find(kernels, device_id);
   }
   pthread_mutex_unlock(&loading);
@@ -186,13 +186,10 @@ static bool can_start_early(const fkda_cuda_driver *driver, int32_t device_id) {
   return driver->devices[device_id].major >= 9 && driver->version >= 12030;
 }
 
-fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,
-                                     int32_t device_id, const fkda_cuda_launch *launch) {
-  loaded_kernels *l;
-  bool pushed;
-  TRY(get(driver, kernels, device_id, launch, &l));
-  TRY(enter(driver, l->context, &pushed));
-  const fkda_status status = launch->prepare ? launch->prepare(driver, launch->params) : FKDA_OK;
+/* In the primary context. */
+static fkda_status launch_one(const fkda_cuda_driver *driver, int32_t device_id, void *stream,
+                              const fkda_cuda_launch *launch) {
+  const loaded_kernels *l = find(launch->kernels, device_id);
   void *parameters[] = {launch->params};
   fkda_cu_launch_attribute early = {.id = FKDA_CU_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
                                     .value.programmatic_stream_serialization_allowed = 1};
@@ -200,20 +197,33 @@ fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda
       .grid = {launch->blocks, 1, 1},
       .block = {launch->threads, 1, 1},
       .shared_bytes = (unsigned)l->kernel[launch->kernel].shared,
-      .stream = launch->stream,
+      .stream = stream,
       .attributes = &early,
       .attribute_count = launch->waits && can_start_early(driver, device_id),
   };
-  const int result = status ? FKDA_CU_SUCCESS
-                            : driver->api.launch_kernel(&config, l->kernel[launch->kernel].function,
-                                                        parameters, NULL);
-  leave(driver, pushed);
-  if (status) return status;
-  const char *entry = kernels->kernels[launch->kernel].entry;
+  const int result =
+      driver->api.launch_kernel(&config, l->kernel[launch->kernel].function, parameters, NULL);
+  const char *entry = launch->kernels->kernels[launch->kernel].entry;
   if (result == FKDA_CU_ERROR_INVALID_HANDLE)
     return fkda_fail(
         FKDA_ERROR_DEVICE,
-        "stream: %p, expected a stream of device %d's primary context (%s was refused)",
-        launch->stream, (int)device_id, entry);
+        "stream: %p, expected a stream of device %d's primary context (%s was refused)", stream,
+        (int)device_id, entry);
   return result ? fkda_cuda_fail(driver, result, entry) : FKDA_OK;
+}
+
+fkda_status fkda_cuda_launch_all(const fkda_cuda_driver *driver, int32_t device_id, void *stream,
+                                 const fkda_cuda_launch *launches, int32_t count) {
+  loaded_kernels *l = NULL;
+  bool pushed;
+  for (int32_t i = 0; i < count; ++i) TRY(get(driver, launches[i].kernels, device_id, &stream, &l));
+  if (!l) return FKDA_OK;
+  TRY(enter(driver, l->context, &pushed));
+  fkda_status status = FKDA_OK;
+  for (int32_t i = 0; i < count && !status; ++i)
+    if (launches[i].prepare) status = launches[i].prepare(driver, launches[i].params);
+  for (int32_t i = 0; i < count && !status; ++i)
+    status = launch_one(driver, device_id, stream, &launches[i]);
+  leave(driver, pushed);
+  return status;
 }

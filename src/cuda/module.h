@@ -29,10 +29,10 @@ typedef struct fkda_cuda_kernels {
 } fkda_cuda_kernels;
 
 typedef struct fkda_cuda_launch {
-  int32_t kernel; /* index into kernels */
+  fkda_cuda_kernels *kernels;
+  int32_t kernel; /* index into them */
   uint32_t blocks, threads;
   void *params; /* the kernel's one parameter, by value */
-  void *stream;
   /* The kernel itself waits for what is before it in the stream (griddepcontrol.wait), and may be started
    * while that is ending. Heeded where device and driver can do it, in graphs too. */
   bool waits;
@@ -47,8 +47,9 @@ const void *fkda_cuda_image_of(const char *name);
 fkda_status fkda_cuda_kernels_load(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,
                                    int32_t device_id);
 
-/* Launches; loads first if need be, but fails instead if the stream is capturing. */
-fkda_status fkda_cuda_kernels_launch(fkda_cuda_kernels *kernels, const fkda_cuda_driver *driver,
-                                     int32_t device_id, const fkda_cuda_launch *launch);
+/* Launches one after the other into the caller's stream. What is not loaded yet is loaded before the first of
+ * them, unless the stream is capturing: that fails, and nothing is launched. */
+fkda_status fkda_cuda_launch_all(const fkda_cuda_driver *driver, int32_t device_id, void *stream,
+                                 const fkda_cuda_launch *launches, int32_t count);
 
 #endif
