@@ -536,11 +536,29 @@ static fkda_status run_without_gil(call *c) {
   return status;
 }
 
+/* A call on a device that wants a workspace and was given none: from the allocator of the tensors' library.
+ * 0: there is one now; -1: there is none, with or without an exception. */
+static int allocate_workspace(call *c) {
+  const size_t alignment = 256;
+  size_t bytes = 0;
+  if (c->args.header.device_type == FKDA_DEVICE_CPU || given(c, P_workspace)) return -1;
+  if (fkda_workspace_size(&c->args, &bytes) != FKDA_OK) return -1;
+  PyObject *first = c->value[P_q] ? c->value[P_q] : c->value[P_k];
+  char *data = tensors_allocate(&c->tensors, first, bytes + alignment);
+  if (!data) return -1;
+  c->args.header.workspace = data + (alignment - (uintptr_t)data % alignment) % alignment;
+  c->args.header.workspace_size = bytes;
+  return 0;
+}
+
 /* The result of a call whose arguments were read with `failed`; `result` is borrowed. */
 static PyObject *finish(call *c, int failed, PyObject *result) {
   if (!failed) {
-    const fkda_status status = run_without_gil(c);
-    if (status != FKDA_OK) {
+    fkda_status status = run_without_gil(c);
+    if (status == FKDA_ERROR_WORKSPACE && !allocate_workspace(c)) status = run_without_gil(c);
+    if (PyErr_Occurred()) {
+      failed = -1;
+    } else if (status != FKDA_OK) {
       raise_status(c, status);
       failed = -1;
     }
@@ -1016,8 +1034,7 @@ static const char summary_text[] =
     "M [N, HV, K, K] and b [N, HV, V, K], both float32. The other arguments as in fwd().";
 
 static const char backward_text[] =
-    "Experimental, on the CPU. Gradients of a loss by what fwd() was given, from those by what it "
-    "wrote.\n"
+    "Gradients of a loss by what fwd() was given, from those by what it wrote.\n"
     "\n"
     "Arguments as in fwd(), in the same places, with\n"
     "    d_out          [B, T, HV, V]  the gradient by out, in q's dtype or float32; None: 0\n"
@@ -1032,6 +1049,10 @@ static const char backward_text[] =
     "    checkpoint_state, checkpoint_every  the states that fwd() stored with "
     "checkpoint_before=True:\n"
     "        they need not be computed again\n"
+    "    workspace                        None: on a GPU from torch's allocator; else memory on "
+    "the "
+    "device of as\n"
+    "        many bytes as plan(op='backward') says, and 255 more\n"
     "\n"
     "Only what is given is computed. Returns None. Raises as fwd().";
 

@@ -668,6 +668,24 @@ PyObject *tensors_empty_like(const char *name, PyObject *object) {
   return result;
 }
 
+void *tensors_allocate(tensors *set, PyObject *object, size_t bytes) {
+  const tensor_type type = type_of(object);
+  if (!type.torch_like || !type_has(type.type, str_new_empty)) return NULL;
+  PyObject *size = PyObject_CallMethodObjArgs(object, str_element_size, NULL);
+  const size_t unit = size ? PyLong_AsSize_t(size) : 0;
+  Py_XDECREF(size);
+  if (!unit || unit == (size_t)-1) return NULL;
+  PyObject *shape = Py_BuildValue("(n)", (Py_ssize_t)(bytes / unit + 1));
+  PyObject *memory = shape ? PyObject_CallMethodObjArgs(object, str_new_empty, shape, NULL) : NULL;
+  Py_XDECREF(shape);
+  if (!memory) return NULL;
+  set->held[set->held_count++] = memory;
+  PyObject *address = PyObject_CallMethodObjArgs(memory, str_data_ptr, NULL);
+  void *data = address ? PyLong_AsVoidPtr(address) : NULL;
+  Py_XDECREF(address);
+  return data;
+}
+
 void tensors_release(tensors *set) {
   for (int i = 0; i < set->held_count; i++) Py_DECREF(set->held[i]);
   set->held_count = 0;

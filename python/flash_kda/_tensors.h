@@ -37,6 +37,10 @@ int tensors_read(tensors *set, const char *name, PyObject *object, bool written,
 int tensors_read_bytes(tensors *set, const char *name, PyObject *object, void **data, size_t *size);
 /* A new tensor of the shape, dtype and device of `object` (torch or NumPy), contiguous. */
 PyObject *tensors_empty_like(const char *name, PyObject *object);
+/* New memory of at least that many bytes on the device of `object`, from its library's allocator, which knows
+ * the stream; held until tensors_release(). NULL: that library has none that is known here, or there is
+ * no memory, and then an exception is set. */
+void *tensors_allocate(tensors *set, PyObject *object, size_t bytes);
 void tensors_release(tensors *set);
 /* Interns attribute names. 0, or -1 with an exception set. */
 int tensors_init(void);
