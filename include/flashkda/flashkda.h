@@ -147,8 +147,8 @@ typedef enum fkda_device_type { FKDA_DEVICE_CPU = 1, FKDA_DEVICE_CUDA = 2 } fkda
 typedef enum fkda_op {
   FKDA_OP_PREFILL = 1,
   FKDA_OP_DECODE = 2,
-  FKDA_OP_SUMMARY = 3,  /* experimental */
-  FKDA_OP_BACKWARD = 4, /* experimental */
+  FKDA_OP_SUMMARY = 3, /* experimental */
+  FKDA_OP_BACKWARD = 4,
 } fkda_op;
 
 typedef enum fkda_gate {
@@ -333,7 +333,7 @@ typedef struct fkda_summary_args {
 /** Summary. Errors as fkda_prefill(). Experimental. */
 FKDA_API fkda_status fkda_summary(const fkda_summary_args *args);
 
-/* ---- backward (experimental: may change or go in any release) ------------------------------- */
+/* ---- backward ------------------------------------------------------------------------------- */
 
 /** Arguments of fkda_backward(): gradients of a prefill, docs/math.md "Gradients". Inputs and options are
  *  those of the fkda_prefill_args whose gradients are wanted: fields of the same name mean the same.
@@ -372,8 +372,9 @@ typedef struct fkda_backward_args {
   fkda_tensor initial_state; /* [N,HV,V,K] bf16 or f32; absent: zero */
 
   /* States that the prefill stored with checkpoint_every and checkpoint_before = 1: [R,HV,V,K] or
-   * [B,R/B,HV,V,K], bf16, f16 or f32, where row j of a sequence is the state before token j*every. Saves
-   * computing them again; with rounded ones the gradients are those of a prefill that rounds there. */
+   * [B,R/B,HV,V,K], bf16, f16 or f32 (on CUDA bf16 or f32), where row j of a sequence is the state before
+   * token j*every. Saves computing them again; with rounded ones the gradients are those of a prefill that
+   * rounds there. A backend that wants its states elsewhere computes them again nevertheless. */
   fkda_tensor checkpoint_state;
   int64_t checkpoint_every; /* a multiple of 16; 0 without checkpoint_state */
 
@@ -392,8 +393,8 @@ typedef struct fkda_backward_args {
   fkda_tensor d_initial_state; /* [N,HV,V,K] bf16 or f32, whether or not initial_state is there */
 } fkda_backward_args;
 
-/** Backward. Writes the gradients asked for. Backends: the CPU's and the reference (which also takes f64 for
- *  any floating-point tensor). Errors as fkda_prefill(). Experimental. */
+/** Backward. Writes the gradients asked for. The backend "reference" also takes f64 for any floating-point
+ *  tensor. Errors as fkda_prefill(). */
 FKDA_API fkda_status fkda_backward(const fkda_backward_args *args);
 
 /* ---- initialisers --------------------------------------------------------------------------- */
