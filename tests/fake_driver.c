@@ -37,6 +37,7 @@ typedef struct function {
 EXPORT fake_driver fake = {.version = 13000,
                            .device_count = 1,
                            .capability = {{8, 6}, {8, 6}, {7, 5}},
+                           .shared_kilobytes = 228,
                            .params_size = NULL};
 
 static device_context contexts[FAKE_DEVICES] = {{0}, {1}, {2}};
@@ -117,6 +118,8 @@ EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
   BEGIN_STARTED;
   switch (attribute) {
     case 16: *value = 132; return SUCCESS;
+    case 81: *value = fake.shared_kilobytes * 1024; return SUCCESS;
+    case 97: *value = (fake.shared_kilobytes - 1) * 1024; return SUCCESS;
     case 75: *value = fake.capability[device - 100].major; return SUCCESS;
     case 76: *value = fake.capability[device - 100].minor; return SUCCESS;
     default: return mistake("cuDeviceGetAttribute: attribute", INVALID_VALUE);

@@ -41,7 +41,8 @@ typedef struct fake_driver {
   struct {
     int major, minor;
   } capability[FAKE_DEVICES];
-  const char *failing; /* this function answers `failure` */
+  int shared_kilobytes; /* of a processor; a block can have one less */
+  const char *failing;  /* this function answers `failure` */
   int failure;
   size_t (*params_size)(const char *entry); /* bytes of a kernel's parameter */
   int legacy_capture; /* what cuStreamIsCapturing says of stream NULL: a CUresult */

@@ -20,6 +20,7 @@
 
 #include "cuda/driver.h"
 #include "cuda/images.h"
+#include "cuda/kernels/portable/backward_params.h"
 #include "cuda/kernels/portable/params.h"
 #include "cuda/kernels/sm90/params.h"
 #include "fake_driver.h"
@@ -62,8 +63,9 @@ static void fail_child(int line, const char *what) {
 }
 
 static size_t params_size(const char *entry) {
-  return strncmp(entry, "fkda_sm90_", 10) == 0 ? sizeof(fkda_sm90_params)
-                                               : sizeof(fkda_portable_params);
+  if (strncmp(entry, "fkda_sm90_", 10) == 0) return sizeof(fkda_sm90_params);
+  return strncmp(entry, "fkda_portable_backward_", 23) == 0 ? sizeof(fkda_portable_backward_params)
+                                                            : sizeof(fkda_portable_params);
 }
 
 static void run_in_child(void (*scenario)(void)) {
@@ -147,6 +149,45 @@ static fkda_decode_args decode(int64_t N, int64_t HV, int64_t K, int64_t V, int3
   return a;
 }
 
+/* The gradients of prefill(), with grouped value heads if H < HV; all of them wanted. */
+static fkda_backward_args backward(int64_t N, int64_t H, int64_t HV, int64_t K, int64_t V) {
+  const int64_t T = 100 * N;
+  fkda_backward_args a = FKDA_BACKWARD_ARGS_INIT;
+  next_address = (uintptr_t)1 << 46;
+  a.device_type = FKDA_DEVICE_CUDA;
+  a.stream = &stream_of[0];
+  a.q = PLACE(FKDA_BF16, 1, T, H, K);
+  a.k = PLACE(FKDA_BF16, 1, T, H, K);
+  a.v = PLACE(FKDA_BF16, 1, T, HV, V);
+  a.g = PLACE(FKDA_BF16, 1, T, HV, K);
+  a.beta = PLACE(FKDA_BF16, 1, T, HV);
+  a.A_log = PLACE(FKDA_F32, HV);
+  a.dt_bias = PLACE(FKDA_F32, HV, K);
+  a.cu_seqlens = PLACE(FKDA_I32, N + 1);
+  a.initial_state = PLACE(FKDA_F32, N, HV, V, K);
+  a.d_out = PLACE(FKDA_BF16, 1, T, HV, V);
+  a.d_final_state = PLACE(FKDA_F32, N, HV, V, K);
+  a.d_q = PLACE(FKDA_BF16, 1, T, H, K);
+  a.d_k = PLACE(FKDA_F32, 1, T, H, K);
+  a.d_v = PLACE(FKDA_BF16, 1, T, HV, V);
+  a.d_g = PLACE(FKDA_BF16, 1, T, HV, K);
+  a.d_beta = PLACE(FKDA_F32, 1, T, HV);
+  a.d_A_log = PLACE(FKDA_F32, HV);
+  a.d_dt_bias = PLACE(FKDA_F32, HV, K);
+  a.d_initial_state = PLACE(FKDA_BF16, N, HV, V, K);
+  return a;
+}
+
+/* Gives it what it asks for. */
+static void give_workspace(fkda_backward_args *a) {
+  size_t bytes = 0;
+  a->workspace = NULL;
+  a->workspace_size = 0;
+  CHECK_OK(fkda_workspace_size(a, &bytes));
+  a->workspace = (void *)((uintptr_t)1 << 45);
+  a->workspace_size = bytes;
+}
+
 /* What the last launch carried. */
 static fkda_portable_params params(void) {
   fkda_portable_params p;
@@ -171,9 +212,12 @@ static int images(const char *family) {
 #define COUNT(...) (sizeof((char[]){__VA_ARGS__}))
 #define ONE(...) 1,
 enum {
+  /* Prefill and decode are loaded together, in two images; the backward by itself. */
   PORTABLE_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
+  PORTABLE_IMAGES = 2,
+  BACKWARD_KERNELS = 3 * COUNT(FKDA_BACKWARD_BY_K(ONE)) + 2 * COUNT(FKDA_BACKWARD_BY_K_V(ONE)),
   SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE)),
-  KERNELS = PORTABLE_KERNELS + SM90_KERNELS,
+  KERNELS = PORTABLE_KERNELS + BACKWARD_KERNELS + SM90_KERNELS,
 };
 
 static void be_hopper(int device) {
@@ -339,7 +383,18 @@ SCENARIO(unsupported_calls) {
   s.k = a.k, s.v = a.v, s.g = a.g, s.beta = a.beta;
   s.M = PLACE(FKDA_F32, 1, 2, 64, 64);
   s.b = PLACE(FKDA_F32, 1, 2, 64, 64);
-  check_unsupported(&s, "has kernels for prefill and decode only");
+  check_unsupported(&s, "has kernels for prefill, decode and backward only");
+  fkda_backward_args b = backward(1, 2, 2, 64, 48);
+  check_unsupported(&b, "K = 64, V = 48, expected each 64 or 128");
+  b = backward(1, 2, 2, 64, 64);
+  fkda_tensor *io[] = {&b.q, &b.k, &b.v, &b.g, &b.beta, &b.d_out, &b.d_q, &b.d_v, &b.d_g};
+  for (int i = 0; i < 9; ++i) io[i]->dtype = FKDA_F32;
+  check_unsupported(&b, "q, k, v: float32, expected bfloat16");
+  b = backward(1, 2, 2, 64, 64);
+  b.q.shape[1] = b.k.shape[1] = b.v.shape[1] = b.g.shape[1] = b.beta.shape[1] = INT64_C(1) << 35;
+  b.d_out = b.d_q = b.d_k = b.d_v = b.d_beta = (fkda_tensor){0};
+  b.d_g.shape[1] = INT64_C(1) << 35;
+  check_unsupported(&b, "N*HV = 1*2 takes 2147483652 blocks, expected at most 2147483647");
   CHECK_INT(fake.loads, 0);
 }
 
@@ -871,6 +926,267 @@ SCENARIO(sm90_old_driver) {
   CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
 }
 
+#define CAPTURE_MESSAGE                                                                            \
+  "stream: capturing a graph, and the kernels are not loaded yet: call fkda_warmup() or the "      \
+  "function "                                                                                      \
+  "itself on this device before the capture"
+
+/* ---- backward ---- */
+
+/* The i-th launch of the last call, which made `count`. */
+static const fake_launch *launch_of(int count, int i) {
+  return &fake.history[(fake.launches - count + i) % FAKE_HISTORY];
+}
+
+static fkda_portable_backward_params backward_params(const fake_launch *launch) {
+  fkda_portable_backward_params p;
+  memcpy(&p, launch->params, sizeof p);
+  return p;
+}
+
+static void check_stage(const fake_launch *launch, const char *entry, int64_t blocks, int threads,
+                        int shared) {
+  char name[64];
+  snprintf(name, sizeof name, "fkda_portable_backward_%s", entry);
+  CHECK_TEXT(launch->entry, name);
+  CHECK_INT(launch->grid[0], blocks);
+  CHECK_INT(launch->block[0], threads);
+  CHECK_INT(launch->shared, shared);
+  CHECK_INT(launch->early, 0);
+  CHECK(launch->stream == &stream_of[0]);
+}
+
+SCENARIO(backward_launches) {
+  static const struct {
+    int64_t N, H, HV, K, V;
+    int split, stages;
+    const char *size, *walk; /* k128_v64 */
+  } cases[] = {
+      {1, 2, 2, 128, 128, 2, 6, "k128_v128", "k128_v64"},
+      {1, 32, 32, 128, 128, 2, 6, "k128_v128", "k128_v64"},
+      {1, 33, 33, 128, 128, 2, 6, "k128_v128", "k128_v64"},
+      {1, 34, 34, 128, 128, 1, 5, "k128_v128", "k128_v128"},
+      {2, 48, 96, 128, 128, 1, 2, "k128_v128", "k128_v128"},
+      {3, 2, 4, 64, 128, 2, 8, "k64_v128", "k64_v64"},
+      {3, 40, 40, 64, 64, 1, 4, "k64_v64", "k64_v64"},
+      {1, 2, 2, 128, 64, 1, 6, "k128_v64", "k128_v64"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t N = cases[i].N, H = cases[i].H, HV = cases[i].HV, K = cases[i].K, V = cases[i].V;
+    const int64_t part = V / cases[i].split, rows = 100 * N / FKDA_BACKWARD_BLOCK + N;
+    const int64_t walk = 2 * N * HV * cases[i].split;
+    char name[64];
+    fkda_backward_args a = backward(N, H, HV, K, V);
+    fkda_plan_info info = {.struct_size = sizeof info};
+    CHECK_OK(fkda_plan(&a, &info));
+    CHECK_TEXT(info.backend, "portable");
+    CHECK_INT(info.chunk, FKDA_BACKWARD_BLOCK);
+    CHECK_INT(info.value_split, cases[i].split);
+    CHECK_INT(info.tasks, walk);
+    CHECK_INT(info.threads, walk);
+    CHECK_INT(info.workspace_size, fkda_portable_backward_workspace(1, 100 * N, N, HV, K, V));
+    give_workspace(&a);
+    CHECK_INT(a.workspace_size, info.workspace_size);
+    const int before = fake.launches, count = HV > H ? 5 : 4;
+    CHECK_OK(fkda_backward(&a));
+    CHECK_INT(fake.launches, before + count);
+    snprintf(name, sizeof name, "factors_k%d", (int)K);
+    check_stage(launch_of(count, 0), name, 2 * rows * HV, FKDA_BACKWARD_FACTORS_THREADS, 0);
+    snprintf(name, sizeof name, "walk_%s", cases[i].walk);
+    check_stage(launch_of(count, 1), name, walk, (int)FKDA_BACKWARD_WALK_THREADS(part),
+                (int)FKDA_BACKWARD_WALK_SHARED(K, part, cases[i].stages));
+    snprintf(name, sizeof name, "gradients_%s", cases[i].size);
+    check_stage(launch_of(count, 2), name, rows * HV, (int)FKDA_BACKWARD_GRADIENTS_THREADS(K),
+                (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V));
+    snprintf(name, sizeof name, "reduce_k%d", (int)K);
+    check_stage(launch_of(count, 3), name, HV, (int)FKDA_BACKWARD_REDUCE_THREADS(K), 0);
+    snprintf(name, sizeof name, "group_k%d", (int)K);
+    if (count == 5)
+      check_stage(launch_of(count, 4), name, rows * H, FKDA_BACKWARD_GROUP_THREADS, 0);
+    for (int j = 0; j < count; ++j) {
+      const fkda_portable_backward_params p = backward_params(launch_of(count, j));
+      CHECK(p.workspace == a.workspace);
+      CHECK_INT(p.rows, rows);
+      CHECK_INT(p.value_split, cases[i].split);
+      CHECK_INT(p.stages, cases[i].stages);
+      CHECK_INT(p.forward, 1);
+      CHECK_INT(p.problem.op, FKDA_OP_BACKWARD);
+      CHECK_INT(p.problem.HV, HV);
+      CHECK(p.problem.d_dt_bias.data == a.d_dt_bias.data);
+      CHECK(p.problem.d_initial.data == a.d_initial_state.data);
+      CHECK_INT(p.problem.d_k.dtype, FKDA_F32);
+      CHECK(p.aligned_q && p.aligned_k && p.aligned_v && p.aligned_g && p.aligned_d_out);
+      CHECK(p.aligned_d_q && p.aligned_d_k && p.aligned_d_v && p.aligned_d_g);
+    }
+  }
+  CHECK_INT(fake.functions, BACKWARD_KERNELS); /* and nothing of prefill's */
+}
+
+/* Less shared memory to lend: fewer chunks on their way, never less than two. */
+SCENARIO(backward_shared_memory) {
+  fake.shared_kilobytes = 100;
+  fkda_backward_args a = backward(1, 96, 96, 128, 128);
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(backward_params(launch_of(4, 1)).stages, 2);
+  CHECK_INT(launch_of(4, 1)->shared, FKDA_BACKWARD_WALK_SHARED(128, 128, 2));
+  a = backward(1, 4, 4, 64, 64);
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(backward_params(launch_of(4, 1)).stages, 4);
+}
+
+/* Only what the wanted gradients need. */
+SCENARIO(backward_subsets) {
+  const fkda_tensor none = {0};
+  const fkda_backward_args all = backward(2, 2, 4, 64, 64);
+  fkda_backward_args nothing = all;
+  fkda_tensor *const of[] = {
+      &nothing.d_q,    &nothing.d_k,     &nothing.d_v,       &nothing.d_g,
+      &nothing.d_beta, &nothing.d_A_log, &nothing.d_dt_bias, &nothing.d_initial_state};
+  for (int i = 0; i < 8; ++i) *of[i] = none;
+  static const struct {
+    size_t wanted;
+    const char *stages;
+  } cases[] = {
+      {offsetof(fkda_backward_args, d_q), "factors walk gradients group"},
+      {offsetof(fkda_backward_args, d_k), "factors walk gradients group"},
+      {offsetof(fkda_backward_args, d_v), "factors walk"},
+      {offsetof(fkda_backward_args, d_g), "factors walk gradients"},
+      {offsetof(fkda_backward_args, d_beta), "factors walk gradients"},
+      {offsetof(fkda_backward_args, d_A_log), "factors walk gradients reduce"},
+      {offsetof(fkda_backward_args, d_dt_bias), "factors walk gradients reduce"},
+      {offsetof(fkda_backward_args, d_initial_state), "factors walk"},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    fkda_backward_args a = nothing;
+    memcpy((char *)&a + cases[i].wanted, (const char *)&all + cases[i].wanted, sizeof none);
+    give_workspace(&a);
+    const int before = fake.launches;
+    CHECK_OK(fkda_backward(&a));
+    const int count = fake.launches - before;
+    char stages[100] = "";
+    for (int j = 0; j < count; ++j) {
+      char stage[20] = "";
+      CHECK_INT(sscanf(launch_of(count, j)->entry, "fkda_portable_backward_%19[a-z]", stage), 1);
+      snprintf(stages + strlen(stages), sizeof stages - strlen(stages), "%s%s", j ? " " : "",
+               stage);
+    }
+    CHECK_TEXT(stages, cases[i].stages);
+    CHECK_INT(backward_params(launch_of(count, 0)).forward, count > 2);
+  }
+  const int before = fake.launches;
+  give_workspace(&nothing);
+  CHECK_OK(fkda_backward(&nothing));
+  CHECK_INT(fake.launches, before);
+}
+
+/* Sequences without tokens hand their states' gradients on; without sequences the parameters' are 0. */
+SCENARIO(backward_of_nothing) {
+  fkda_backward_args a = backward(3, 2, 2, 64, 64);
+  fkda_tensor *tokens[] = {&a.q,   &a.k,   &a.v,   &a.g,   &a.beta,  &a.d_out,
+                           &a.d_q, &a.d_k, &a.d_v, &a.d_g, &a.d_beta};
+  for (int i = 0; i < 11; ++i) tokens[i]->shape[1] = 0;
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 2);
+  CHECK_TEXT(launch_of(2, 0)->entry, "fkda_portable_backward_walk_k64_v64");
+  CHECK_TEXT(launch_of(2, 1)->entry, "fkda_portable_backward_reduce_k64");
+  CHECK_INT(backward_params(launch_of(2, 1)).rows, 0); /* nobody has made their sums */
+  a.cu_seqlens.shape[0] = 1;
+  a.initial_state.shape[0] = a.d_final_state.shape[0] = a.d_initial_state.shape[0] = 0;
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 3);
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_backward_reduce_k64");
+}
+
+SCENARIO(backward_alignment) {
+  fkda_backward_args a = backward(2, 4, 4, 64, 64);
+  a.q.data = (char *)a.q.data + 8;
+  a.k.stride[2] += 4;
+  a.k.stride[1] = 4 * a.k.stride[2];
+  a.k.data = (void *)((uintptr_t)1 << 44);
+  a.g.dtype = FKDA_F32;
+  a.g.data = (void *)((uintptr_t)1 << 43);
+  a.d_out = (fkda_tensor){0};
+  a.d_k.data = (char *)a.d_k.data + 4;
+  a.d_g = (fkda_tensor){0};
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  const fkda_portable_backward_params p = backward_params(&fake.launch);
+  CHECK(!p.aligned_q && !p.aligned_k && p.aligned_v && !p.aligned_g && !p.aligned_d_out);
+  CHECK(p.aligned_d_q && !p.aligned_d_k && p.aligned_d_v && !p.aligned_d_g);
+}
+
+SCENARIO(backward_workspace) {
+  fkda_backward_args a = backward(2, 4, 4, 64, 64);
+  char message[100];
+  give_workspace(&a);
+  const size_t bytes = a.workspace_size;
+  snprintf(message, sizeof message, "workspace: %llu bytes, expected at least %llu",
+           (unsigned long long)bytes - 1, (unsigned long long)bytes);
+  a.workspace_size = bytes - 1;
+  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_WORKSPACE, message);
+  a.workspace = NULL;
+  a.workspace_size = 0;
+  snprintf(message, sizeof message, "workspace: 0 bytes, expected at least %llu",
+           (unsigned long long)bytes);
+  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_WORKSPACE, message);
+  a.d_q.data = a.workspace = (void *)((uintptr_t)1 << 45);
+  a.workspace_size = bytes;
+  CHECK_INT(fkda_backward(&a), FKDA_ERROR_INVALID_ARGUMENT); /* they overlap */
+  CHECK_INT(fake.launches, 0);
+  /* monotone: a longer, wider or more divided batch never needs less */
+  size_t least = 0;
+  for (int i = 1; i < 6; ++i) {
+    a = backward(i, 4, 4, 64, 64);
+    give_workspace(&a);
+    CHECK(a.workspace_size > least);
+    least = a.workspace_size;
+  }
+  fkda_backward_args wide = backward(5, 4, 8, 64, 64);
+  give_workspace(&wide);
+  CHECK(wide.workspace_size > least);
+}
+
+/* The row sm90 has none; checkpoints that the prefill has kept are taken, and not needed. */
+SCENARIO(backward_on_hopper) {
+  be_hopper(0);
+  fkda_backward_args a = backward(1, 2, 2, 64, 64);
+  CHECK_TEXT(backend_of(&a), "portable");
+  check_not(&a, "sm90", "has kernels for prefill only");
+  const int64_t states[] = {7, 2, 64, 64};
+  a.checkpoint_state = fkda_tensor_contiguous((void *)((uintptr_t)1 << 44), FKDA_F16, 4, states);
+  a.checkpoint_every = 16;
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 4);
+}
+
+/* Nothing is launched in a capture before all is loaded, nor after a launch that has failed. */
+SCENARIO(backward_capture_and_failure) {
+  fkda_prefill_args prefilled = prefill(1, 2, 64, 64);
+  CHECK_OK(fkda_prefill(&prefilled)); /* loads prefill's kernels, not these */
+  fkda_backward_args a = backward(1, 2, 4, 64, 64);
+  give_workspace(&a);
+  stream_of[0].capture = 1;
+  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
+  CHECK_INT(fake.launches, 1);
+  stream_of[0].capture = 0;
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
+  stream_of[0].capture = 1;
+  const int asked = fake.loads + fake.functions;
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 6);
+  CHECK_INT(fake.loads + fake.functions, asked);
+  fake.failing = "cuLaunchKernelEx";
+  fake.failure = 700;
+  CHECK_FAILS(
+      fkda_backward(&a), FKDA_ERROR_DEVICE,
+      "fkda_portable_backward_factors_k64: CUDA_ERROR_FAKE, error 700 (made up for a test)");
+  CHECK_INT(fake.launches, 6);
+}
+
 /* ---- loading ---- */
 
 /* The names that the host asks for are the ones that are listed, and so compiled (entry_points). */
@@ -913,7 +1229,7 @@ SCENARIO(warmup) {
   /* elsewhere sm_90a's code is not asked for */
   CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
   CHECK_INT(fake.loads, images("") + images("portable/"));
-  CHECK_INT(fake.functions, KERNELS + PORTABLE_KERNELS);
+  CHECK_INT(fake.functions, 2 * KERNELS - SM90_KERNELS);
 }
 
 enum { THREADS = 8, CALLS = 50 };
@@ -957,7 +1273,7 @@ SCENARIO(many_threads) {
   CHECK_INT(fake.inits, 1);
   CHECK_INT(fake.retains, 2);
   CHECK_INT(fake.releases, 0);
-  CHECK_INT(fake.loads, 2 * images("portable/"));
+  CHECK_INT(fake.loads, 2 * PORTABLE_IMAGES);
   CHECK_INT(fake.functions, 2 * PORTABLE_KERNELS);
   CHECK_INT(fake.unloads, 0);
   CHECK_INT(fake.launches, THREADS * CALLS);
@@ -993,7 +1309,7 @@ SCENARIO(failed_loading) {
   fake.failing = NULL;
   fake.loads = fake.unloads = 0;
   CHECK_OK(fkda_prefill(&a));
-  CHECK_INT(fake.loads, images("portable/"));
+  CHECK_INT(fake.loads, PORTABLE_IMAGES);
   CHECK_INT(fake.unloads, 0);
   CHECK_INT(fake.retains, fake.releases + 1);
 }
@@ -1022,11 +1338,6 @@ SCENARIO(callers_context) {
   CHECK_INT(cuCtxPopCurrent_v2(&current), 0);
   CHECK_INT(cuCtxPopCurrent_v2(&current), 0);
 }
-
-#define CAPTURE_MESSAGE                                                                            \
-  "stream: capturing a graph, and the kernels are not loaded yet: call fkda_warmup() or the "      \
-  "function "                                                                                      \
-  "itself on this device before the capture"
 
 SCENARIO(capture) {
   fkda_prefill_args a = prefill(1, 2, 128, 128);
@@ -1113,6 +1424,14 @@ int main(void) {
       cmocka_unit_test(test_sm90_no_tokens),
       cmocka_unit_test(test_sm90_failed_map),
       cmocka_unit_test(test_sm90_old_driver),
+      cmocka_unit_test(test_backward_launches),
+      cmocka_unit_test(test_backward_shared_memory),
+      cmocka_unit_test(test_backward_subsets),
+      cmocka_unit_test(test_backward_of_nothing),
+      cmocka_unit_test(test_backward_alignment),
+      cmocka_unit_test(test_backward_workspace),
+      cmocka_unit_test(test_backward_on_hopper),
+      cmocka_unit_test(test_backward_capture_and_failure),
       cmocka_unit_test(test_warmup),
       cmocka_unit_test(test_many_threads),
       cmocka_unit_test(test_failed_loading),

@@ -372,9 +372,9 @@ typedef struct fkda_backward_args {
   fkda_tensor initial_state; /* [N,HV,V,K] bf16 or f32; absent: zero */
 
   /* States that the prefill stored with checkpoint_every and checkpoint_before = 1: [R,HV,V,K] or
-   * [B,R/B,HV,V,K], bf16, f16 or f32 (on CUDA bf16 or f32), where row j of a sequence is the state before
-   * token j*every. Saves computing them again; with rounded ones the gradients are those of a prefill that
-   * rounds there. A backend that wants its states elsewhere computes them again nevertheless. */
+   * [B,R/B,HV,V,K], bf16, f16 or f32, where row j of a sequence is the state before token j*every. Saves
+   * computing them again; with rounded ones the gradients are those of a prefill that rounds there. The CUDA
+   * backends have no use for them and compute their own. */
   fkda_tensor checkpoint_state;
   int64_t checkpoint_every; /* a multiple of 16; 0 without checkpoint_state */
 

@@ -35,9 +35,10 @@ bool fkda_cuda_supports(const fkda_problem *p, int64_t blocks, char *reason, siz
   if (!is_64_or_128(p->K) || !is_64_or_128(p->V))
     return fkda_refuse(reason, capacity, "K = %lld, V = %lld, expected each 64 or 128",
                        (long long)p->K, (long long)p->V);
+  const bool backward = p->op == FKDA_OP_BACKWARD;
   if (p->io_dtype != FKDA_BF16)
-    return fkda_refuse(reason, capacity, "q, k, v, out: %s, expected bfloat16",
-                       fkda_dtype_string(p->io_dtype));
+    return fkda_refuse(reason, capacity, "q, k, v%s: %s, expected bfloat16",
+                       backward ? "" : ", out", fkda_dtype_string(p->io_dtype));
   const struct {
     const char *name;
     int32_t dtype; /* FKDA_NONE: absent */
@@ -47,7 +48,7 @@ bool fkda_cuda_supports(const fkda_problem *p, int64_t blocks, char *reason, siz
                  {"dt_bias", p->dt_bias.dtype},
                  {"initial_state", p->initial.dtype},
                  {p->op == FKDA_OP_DECODE ? "state" : "final_state", p->final.dtype},
-                 {"checkpoint_state", p->checkpoints.state.dtype}};
+                 {"checkpoint_state", backward ? FKDA_NONE : p->checkpoints.state.dtype}};
   for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; ++i)
     if (tensors[i].dtype != FKDA_NONE && !is_bf16_or_f32(tensors[i].dtype))
       return fkda_refuse(reason, capacity, "%s: %s, expected bfloat16 or float32", tensors[i].name,
@@ -56,4 +57,11 @@ bool fkda_cuda_supports(const fkda_problem *p, int64_t blocks, char *reason, siz
     return fkda_refuse(reason, capacity, "N*HV = %lld*%lld takes %lld blocks, expected at most %d",
                        (long long)p->N, (long long)p->HV, (long long)blocks, (int)MAX_BLOCKS);
   return true;
+}
+
+int32_t fkda_cuda_aligned(const fkda_rows *x) {
+  const uint64_t size = fkda_dtype_size(x->dtype);
+  const uint64_t places = (uint64_t)(uintptr_t)x->data | (uint64_t)x->stride_b * size |
+                          (uint64_t)x->stride_t * size | (uint64_t)x->stride_h * size;
+  return places % 16 == 0;
 }

@@ -20,4 +20,7 @@ fkda_status fkda_cuda_warmup(const fkda_cuda_capabilities *wanted, fkda_cuda_ker
 /* Sizes and dtypes that every kernel of ours takes, and a grid of `blocks` that can be launched. */
 bool fkda_cuda_supports(const fkda_problem *problem, int64_t blocks, char *reason, size_t capacity);
 
+/* Do all rows of x begin at a multiple of 16 bytes? */
+int32_t fkda_cuda_aligned(const fkda_rows *x);
+
 #endif

@@ -3,6 +3,7 @@
 #include <stddef.h>
 
 #include "cuda/backend.h"
+#include "cuda/backward.h"
 #include "cuda/kernels/portable/params.h"
 #include "cuda/module.h"
 #include "run/backend.h"
@@ -31,7 +32,8 @@ static const struct {
 #define COUNT(array) ((int32_t)(sizeof(array) / sizeof(array)[0]))
 #define PREFILL_KERNELS COUNT(prefill_shapes)
 
-static int32_t shared_of(int32_t kernel) {
+static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
+  (void)device;
   return kernel < PREFILL_KERNELS ? prefill_shapes[kernel].shared : 0;
 }
 
@@ -78,8 +80,9 @@ static int32_t split_of(const fkda_problem *p) {
 static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,
                      size_t capacity) {
   (void)self;
-  if (p->op != FKDA_OP_PREFILL && p->op != FKDA_OP_DECODE)
-    return fkda_refuse(reason, capacity, "has kernels for prefill and decode only");
+  if (p->op == FKDA_OP_SUMMARY)
+    return fkda_refuse(reason, capacity, "has kernels for prefill, decode and backward only");
+  if (p->op == FKDA_OP_BACKWARD) return fkda_cuda_backward_supports(p, reason, capacity);
   if (p->op == FKDA_OP_DECODE && p->final.dtype != FKDA_NONE &&
       p->initial.stride_row != p->final.stride_row)
     return fkda_refuse(reason, capacity,
@@ -92,6 +95,10 @@ static bool supports(const fkda_backend *self, const fkda_problem *p, char *reas
 
 static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
   (void)self;
+  if (p->op == FKDA_OP_BACKWARD) {
+    fkda_cuda_backward_plan(p, plan);
+    return;
+  }
   plan->chunk = p->op == FKDA_OP_DECODE ? 1 : FKDA_PORTABLE_CHUNK;
   plan->value_split = split_of(p);
   plan->tasks = p->N * p->HV * plan->value_split;
@@ -100,14 +107,6 @@ static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *p
 }
 
 /* ---- running ---------------------------------------------------------------------------------------- */
-
-/* Do all rows of x begin at a multiple of 16 bytes? */
-static int32_t aligned(const fkda_rows *x) {
-  const uint64_t size = fkda_dtype_size(x->dtype);
-  const uint64_t places = (uint64_t)(uintptr_t)x->data | (uint64_t)x->stride_b * size |
-                          (uint64_t)x->stride_t * size | (uint64_t)x->stride_h * size;
-  return places % 16 == 0;
-}
 
 /* The pool: groups of four elements along a row. */
 static int32_t aligned_by_four(const fkda_states *x) {
@@ -119,6 +118,7 @@ static int32_t aligned_by_four(const fkda_states *x) {
 static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
                           const fkda_plan_t *plan) {
   (void)self;
+  if (p->op == FKDA_OP_BACKWARD) return fkda_cuda_backward_launch(p, plan);
   if (plan->tasks == 0) return FKDA_OK; /* no sequence: nothing to write */
   char reason[FKDA_REASON_CAPACITY];
   const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);
@@ -128,11 +128,11 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   fkda_portable_params params = {
       .problem = *p,
       .value_split = plan->value_split,
-      .aligned_q = aligned(&p->q),
-      .aligned_k = aligned(&p->k),
-      .aligned_v = aligned(&p->v),
-      .aligned_g = aligned(&p->g),
-      .aligned_out = aligned(&p->out),
+      .aligned_q = fkda_cuda_aligned(&p->q),
+      .aligned_k = fkda_cuda_aligned(&p->k),
+      .aligned_v = fkda_cuda_aligned(&p->v),
+      .aligned_g = fkda_cuda_aligned(&p->g),
+      .aligned_out = fkda_cuda_aligned(&p->out),
       .aligned_state =
           decode && aligned_by_four(&p->initial) && (!p->final.data || aligned_by_four(&p->final)),
   };
@@ -151,7 +151,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {
   (void)self;
-  return fkda_cuda_warmup(&capabilities, &kernels, device_id);
+  const fkda_status status = fkda_cuda_warmup(&capabilities, &kernels, device_id);
+  return status ? status : fkda_cuda_backward_warmup(device_id);
 }
 
 const fkda_backend fkda_backend_cuda_portable = {

@@ -22,8 +22,8 @@ static const struct { int32_t K, part, gate_dtype, bounded; } shapes[] = {FKDA_S
 
 #define KERNELS ((int32_t)(sizeof table / sizeof table[0]))
 
-static int32_t shared_of(int32_t kernel) {
-  (void)kernel;
+static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
+  (void)device, (void)kernel;
   return FKDA_SM90_PREFILL_SHARED;
 }
 

@@ -119,8 +119,10 @@ static bool describe_device(int ordinal, fkda_cuda_device *device) {
     int32_t *value;
   } attributes[] = {{FKDA_CU_COMPUTE_CAPABILITY_MAJOR, &device->major},
                     {FKDA_CU_COMPUTE_CAPABILITY_MINOR, &device->minor},
-                    {FKDA_CU_MULTIPROCESSOR_COUNT, &device->processors}};
-  for (int i = 0; i < 3 && !result; ++i)
+                    {FKDA_CU_MULTIPROCESSOR_COUNT, &device->processors},
+                    {FKDA_CU_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, &device->processor_shared},
+                    {FKDA_CU_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &device->block_shared}};
+  for (size_t i = 0; i < sizeof attributes / sizeof attributes[0] && !result; ++i)
     result =
         api->device_get_attribute(attributes[i].value, attributes[i].attribute, device->handle);
   if (result) REFUSE("CUDA device %d cannot be asked: %s", ordinal, error_name(result));

@@ -25,6 +25,8 @@ enum {
   FKDA_CU_ERROR_STREAM_CAPTURE_IMPLICIT = 906, /* asking about the legacy stream during a capture */
 
   FKDA_CU_MULTIPROCESSOR_COUNT = 16,
+  FKDA_CU_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR = 81,
+  FKDA_CU_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
   FKDA_CU_COMPUTE_CAPABILITY_MAJOR = 75,
   FKDA_CU_COMPUTE_CAPABILITY_MINOR = 76,
 
@@ -106,6 +108,8 @@ typedef struct fkda_cu_api {
 typedef struct fkda_cuda_device {
   int handle; /* CUdevice */
   int32_t major, minor, processors;
+  int32_t processor_shared,
+      block_shared; /* shared memory in bytes: in all, and what a block can have */
   char name[96];
 } fkda_cuda_device;
 

@@ -91,7 +91,7 @@ static fkda_status load_functions(const fkda_cuda_driver *d, const fkda_cuda_ker
   fkda_status status = FKDA_OK;
   int32_t i = 0;
   for (; i < kernels->count && !status; ++i) {
-    l->kernel[i].shared = kernels->shared(i);
+    l->kernel[i].shared = kernels->shared(&d->devices[l->device_id], i);
     status = module_of(d, kernels, i, modules);
     if (!status)
       status = load_function(d, kernels->kernels[i].entry, l->kernel[i].shared, modules[i],
@@ -196,7 +196,7 @@ static fkda_status launch_one(const fkda_cuda_driver *driver, int32_t device_id,
   const fkda_cu_launch_config config = {
       .grid = {launch->blocks, 1, 1},
       .block = {launch->threads, 1, 1},
-      .shared_bytes = (unsigned)l->kernel[launch->kernel].shared,
+      .shared_bytes = launch->shared ? launch->shared : (unsigned)l->kernel[launch->kernel].shared,
       .stream = stream,
       .attributes = &early,
       .attribute_count = launch->waits && can_start_early(driver, device_id),

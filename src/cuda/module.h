@@ -24,7 +24,8 @@ struct fkda_cuda_loaded; /* one device's functions */
 typedef struct fkda_cuda_kernels {
   const fkda_cuda_kernel *kernels;
   int32_t count;
-  int32_t (*shared)(int32_t kernel);       /* dynamic shared memory of a block in bytes */
+  /* dynamic shared memory of a block in bytes, at most */
+  int32_t (*shared)(const fkda_cuda_device *device, int32_t kernel);
   struct fkda_cuda_loaded *_Atomic loaded; /* newest first, one for each device */
 } fkda_cuda_kernels;
 
@@ -32,7 +33,8 @@ typedef struct fkda_cuda_launch {
   fkda_cuda_kernels *kernels;
   int32_t kernel; /* index into them */
   uint32_t blocks, threads;
-  void *params; /* the kernel's one parameter, by value */
+  uint32_t shared; /* dynamic shared memory of a block in bytes; 0: as the kernels have it */
+  void *params;    /* the kernel's one parameter, by value */
   /* The kernel itself waits for what is before it in the stream (griddepcontrol.wait), and may be started
    * while that is ending. Heeded where device and driver can do it, in graphs too. */
   bool waits;
