@@ -18,9 +18,9 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MAY_SKIP = {
     "": (
         "K, V, expected each 64 or 128",
-        "q, k, v, out: float(16|32), expected bfloat16",
+        "q, k, v(, out)?: float(16|32), expected bfloat16",
         "checkpoint_state: float16, expected bfloat16 or float32",
-        "has kernels for prefill and decode only",
+        "has kernels for prefill, decode and backward only",
     ),
     "sm90": (
         "has kernels for prefill only",

@@ -31,7 +31,7 @@ static const char help[] =
     "                       \"flashkda run\" reads the file, tensors gold.* aside\n"
     "  --save-dir DIR       the same for every matching case, DIR/GROUP.NAME.safetensors";
 
-enum { MAX_BACKENDS = 16, MAX_RANGES = 128, MAX_PATTERNS = 32 };
+enum { MAX_BACKENDS = 16, MAX_RANGES = 128, MAX_PATTERNS = 64 };
 
 /* Sums over the cases of one backend. */
 typedef struct tally {

@@ -1085,13 +1085,12 @@ static bool claims_hold(fkda_fixture *f, fkda_result *result) {
 
 /* ---- a case ------------------------------------------------------------------------------------- */
 
-/* Prefill and decode are what a backend is for; an experimental operation it may lack. The contract lets the
- * CUDA backends refuse sizes and dtypes. */
+/* Prefill, decode and backward are what a backend is for; an experimental operation it may lack. The contract
+ * lets the CUDA backends refuse sizes and dtypes. */
 static bool may_refuse(const fkda_fixture *f) {
   const fkda_case *c = f->c;
   if (c->op == FKDA_OP_SUMMARY) return true;
   if (f->memory->device_type == FKDA_DEVICE_CPU) return false;
-  if (c->op == FKDA_OP_BACKWARD) return true;
   return c->io != FKDA_BF16 || (c->K != 64 && c->K != 128) || (c->V != 64 && c->V != 128) ||
          (c->marks != FKDA_MARKS_NONE && c->checkpoint_dtype == FKDA_F16);
 }
