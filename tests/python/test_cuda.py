@@ -95,6 +95,74 @@ def matches(call, expected):
     return same_bits(call.out, expected[0]) and same_bits(call.final, expected[1])
 
 
+GRADIENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+
+
+class Gradients(Call):
+    """A backward on the device that can be made again and again; `p` is the problem of its prefill."""
+
+    def __init__(self, p, device="cuda", wanted=GRADIENTS, **options):
+        super().__init__(p, device, **options)
+        rng = np.random.default_rng(17)
+        self.host_d_out = rng.standard_normal(p.v.shape, dtype=np.float32).astype(p.v.dtype)
+        self.host_d_final = rng.standard_normal(p.state_shape, dtype=np.float32)
+        self.d_out = on_device(self.host_d_out, device)
+        self.d_final = on_device(self.host_d_final, device)
+        self.wanted = [n for n in wanted if n == "initial_state" or getattr(p, n) is not None]
+        self.d = {n: on_device(x, device) for n, x in self.like(np.float32).items()}
+        for n, x in self.d.items():
+            if n in GRADIENTS[:5]:
+                self.d[n] = x.to(self.inputs[0].dtype)
+
+    def like(self, dtype):
+        shapes = {
+            n: self.p.state_shape if n == "initial_state" else getattr(self.p, n).shape
+            for n in self.wanted
+        }
+        return {n: np.full(shape, np.nan, dtype) for n, shape in shapes.items()}
+
+    def run(self, **options):
+        flash_kda.backward(
+            *self.inputs, None, self.d_out, self.A_log, self.dt_bias, None, self.initial,
+            self.d_final, self.cu_seqlens, **{f"d_{n}": x for n, x in self.d.items()},
+            **{**self.options, **options},
+        )  # fmt: skip
+        return self
+
+    def backend(self):
+        named = dict(
+            zip(GRADIENTS, self.inputs), scale=None, A_log=self.A_log, dt_bias=self.dt_bias
+        )
+        named |= dict(initial_state=self.initial, cu_seqlens=self.cu_seqlens, op="backward")
+        return re.search(r"^backend: (\S+)", flash_kda.plan(**named, **self.options), re.M)[1]
+
+    def poison(self):
+        for x in self.d.values():
+            x.fill_(torch.nan)
+        return self
+
+    def results(self):
+        torch.cuda.synchronize()
+        return {n: x.clone() for n, x in self.d.items()}
+
+    def matches(self, expected):
+        return all(same_bits(x, expected[n]) for n, x in self.d.items())
+
+    def gold(self):
+        p, gold = self.p, self.like(np.float64)
+        flash_kda.backward(
+            p.q, p.k, p.v, p.g, p.beta, None, self.host_d_out, p.A_log, p.dt_bias, None,
+            p.initial_state, self.host_d_final, p.cu_seqlens, backend="reference",
+            **{f"d_{n}": x for n, x in gold.items()}, **self.options,
+        )  # fmt: skip
+        return gold
+
+    def check(self):
+        gold = self.gold()
+        for n, x in self.results().items():
+            assert error(x.cpu(), gold[n]) <= TOLERANCE, n
+
+
 # ---- against gold -------------------------------------------------------------------------------
 
 
@@ -137,6 +205,40 @@ def test_prefill_against_gold(shape):
         assert numpy_of(y.cpu()).tobytes() == x.tobytes()
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(T=1, K=128, V=128),
+        dict(B=3, T=67, H=2, HV=4, K=128, V=128, gate="softplus"),
+        dict(B=2, T=130, H=3, K=64, V=128, gate="direct"),
+        dict(T=300, H=4, K=128, V=64, allow_neg_eigval=True),
+        dict(lens=[0, 33, 16, 0, 100, 1, 0], H=2, HV=8, K=128, V=128, state=False),
+        dict(lens=[40, 7], H=2, K=64, V=64, beta_is_logit=False, state_layout="kv"),
+        dict(T=2000, H=2, K=128, V=128),
+    ],
+    ids=str,
+)
+def test_backward_against_gold(shape):
+    if shape.get("state_layout") == "kv":
+        p = problem(**shape, state=False)
+        p.initial_state = np.random.default_rng(3).standard_normal((2, 2, 64, 64), np.float32)
+    else:
+        p = problem(**shape)
+    before = [x.copy() for x in (p.q, p.k, p.v, p.g, p.beta)]
+    Gradients(p).run().check()
+    for x, y in zip(before, (p.q, p.k, p.v, p.g, p.beta)):
+        assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_backward_of_one_input(name):
+    """The bits that it has where all are computed."""
+    p = problem(lens=[70, 0, 90], H=2, HV=4, K=128, V=128)
+    every = Gradients(p).run().results()
+    one = Gradients(p, wanted=[name]).run()
+    assert list(one.results()) == [name] and one.matches(every)
+
+
 class OnDevice:
     """A tensor library for table.run(): NumPy arrays go to the device, and come back with fetch()."""
 
@@ -165,9 +267,10 @@ def supported(case):
         dtypes.get("v") == "bfloat16"
         and case["K"] in (64, 128)
         and case["V"] in (64, 128)
-        and case["op"] in ("prefill", "decode")
+        and case["op"] != "summary"
         and dtypes.get("checkpoint_state") != "float16"
         and not table.refused(case["name"])
+        and not table.left_to_c(case["name"])
         and sum(case.get("lens") or [case.get("T", 0)]) <= 1000
     )
 
@@ -253,6 +356,76 @@ def test_strided_and_misaligned_inputs_give_the_same_bits(backend):
         check(call, backend)
 
 
+def test_backward_of_strided_and_misaligned_tensors(backend):
+    """The bits of contiguous ones on the same backend; gaps and rows around them stay as they are."""
+    p = problem(B=2, T=77, H=3, HV=6, K=128, V=64)
+    expected = {name: Gradients(p).run(backend=name).results() for name in BACKENDS}
+
+    def check(call, *backends):
+        assert call.backend() in backends
+        call.run()
+        torch.cuda.synchronize()
+        assert call.matches(expected[call.backend()])
+
+    def shifted(x):
+        flat = torch.full((x.numel() + 1,), torch.nan, device="cuda", dtype=x.dtype)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+
+    def padded(x):
+        """Gaps behind every head and token."""
+        shape = (x.shape[0], x.shape[1] + 2, x.shape[2] + 1, *(n + 8 for n in x.shape[3:]))
+        wide = torch.full(shape, torch.nan, device="cuda", dtype=x.dtype)
+        view = wide[tuple(slice(n) for n in x.shape)]
+        view.copy_(x)
+        return view
+
+    odd = Gradients(p)
+    odd.inputs = [shifted(x) for x in odd.inputs]
+    for name in ("d_out", "d_final", "initial", "A_log", "dt_bias"):
+        setattr(odd, name, shifted(getattr(odd, name)))
+    odd.d = {n: shifted(x) for n, x in odd.d.items()}
+    assert odd.inputs[0].data_ptr() % 16
+    check(odd, "portable")
+    gaps = Gradients(p)
+    gaps.inputs, gaps.d_out = [padded(x) for x in gaps.inputs], padded(gaps.d_out)
+    gaps.d = {n: padded(x) if n in GRADIENTS[:5] else x for n, x in gaps.d.items()}
+    check(gaps, backend)
+    for n, x in gaps.d.items():
+        if n in GRADIENTS[:5]:
+            assert int(torch.isnan(x._base).sum()) == x._base.numel() - x.numel(), n
+    major = Gradients(p)  # [B, H, T, D] in memory
+
+    def turn(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
+
+    major.inputs, major.d_out = [turn(x) for x in major.inputs], turn(major.d_out)
+    major.d = {n: turn(x) if n in GRADIENTS[:5] else x for n, x in major.d.items()}
+    check(major, backend)
+
+
+def test_backward_workspace():
+    """Of exactly the size asked for, whatever it holds; a byte less is refused, and nothing written."""
+    p = problem(lens=[70, 0, 130], H=2, K=128, V=128)
+    call = Gradients(p)
+    expected = call.run().results()
+    named = dict(zip(GRADIENTS, call.inputs), A_log=call.A_log, dt_bias=call.dt_bias)
+    named |= dict(initial_state=call.initial, cu_seqlens=call.cu_seqlens)
+    size = int(re.search(r"workspace (\d+) bytes", flash_kda.plan(**named, op="backward"))[1])
+    guard = 4096
+    for value in (0, 0xFF, 0x7F):
+        memory = torch.full((size + 2 * guard,), value, dtype=torch.uint8, device="cuda")
+        call.poison().run(workspace=memory[guard:-guard])
+        torch.cuda.synchronize()
+        assert call.matches(expected)
+        assert (memory[:guard] == value).all() and (memory[-guard:] == value).all()
+    call.poison()
+    with pytest.raises(ValueError, match=rf"workspace: {size - 1} bytes, expected at least {size}"):
+        call.run(workspace=memory[guard : guard + size - 1])
+    torch.cuda.synchronize()
+    assert all(torch.isnan(x).all() for x in call.d.values())
+
+
 def test_decode_pool_in_place():
     """Some sequences skipped; slots that belong to none, and theirs, stay as they are."""
     N, T, HV, P = 9, 2, 4, 16
@@ -330,6 +503,26 @@ def test_cu_seqlens_are_clamped():
         call.run().results()
         assert same_bits(call.out[:, :40], expected[:, :40])
         assert torch.isnan(memory[:guard]).all() and torch.isnan(memory[-guard:]).all()
+
+
+def test_cu_seqlens_of_a_backward_are_clamped():
+    p = problem(lens=[40, 24, 36], H=2, K=64, V=64)
+    expected = Gradients(p, wanted=GRADIENTS[:5]).run().results()
+    call = Gradients(p, wanted=GRADIENTS[:5])
+    guard = 4096
+    memory = {
+        n: torch.full((x.numel() + 2 * guard,), torch.nan, device="cuda", dtype=x.dtype)
+        for n, x in call.d.items()
+    }
+    call.d = {n: memory[n][guard:-guard].view(x.shape) for n, x in call.d.items()}
+    for nonsense in ([0, 40, 2**40, -7], [0, 40, -5, -(2**62)], [0, 40, 40, 10**6]):
+        for x in memory.values():
+            x.fill_(torch.nan)
+        call.cu_seqlens = torch.tensor(nonsense, device="cuda")
+        call.run().results()
+        for n, x in memory.items():
+            assert same_bits(call.d[n][:, :40], expected[n][:, :40]), n
+            assert torch.isnan(x[:guard]).all() and torch.isnan(x[-guard:]).all()
 
 
 @pytest.mark.parametrize("wrapper", [DLPackOnly, TorchLike], ids=lambda w: w.__name__)
@@ -463,6 +656,48 @@ def test_graph_replay_with_other_data_and_lengths():
         assert error(call.final.cpu(), gold_final[:N]) <= TOLERANCE
 
 
+def test_graph_of_a_backward():
+    """Captured once, workspace included, replayed with other data and lengths."""
+    flash_kda.warmup("cuda")
+    T, N = 256, 6
+    lengths = (
+        [256, 0, 0, 0, 0, 0],
+        [1] * 6,
+        [32, 0, 64, 16, 100, 0],
+        [0] * 6,
+        [0, 200, 0, 0, 0, 56],
+    )
+    p = problem(lens=[T] + [0] * (N - 1), H=2, HV=4, K=128, V=128)
+    call = Gradients(p)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.run()
+    for round, lens in enumerate(lengths):
+        other = problem(lens=lens + [T - sum(lens)], H=2, HV=4, K=128, V=128, seed=round + 1)
+        source = Call(other)
+        for to, x in zip(call.inputs, source.inputs):
+            to.copy_(x)
+        call.A_log.copy_(source.A_log)
+        call.dt_bias.copy_(source.dt_bias)
+        call.initial.copy_(source.initial[:N])
+        call.cu_seqlens.copy_(source.cu_seqlens[: N + 1])
+        call.poison()
+        graph.replay()
+        replayed = call.results()
+        call.poison().run()
+        torch.cuda.synchronize()
+        assert call.matches(replayed)
+        used = sum(lens)
+        for n, x in replayed.items():
+            if n in GRADIENTS[:5]:
+                assert torch.isfinite(x[:, :used]).all() and torch.isnan(x[:, used:]).all()
+            else:
+                assert torch.isfinite(x).all()
+        if not used:  # what comes out goes back in
+            assert same_bits(replayed["initial_state"], call.d_final)
+            assert not replayed["A_log"].any() and not replayed["dt_bias"].any()
+
+
 def test_graph_decode_steps():
     N, steps = 6, 5
     p = problem(B=N, T=1, H=4, K=128, V=128, seed=3)
@@ -586,6 +821,39 @@ def test_work_is_ordered_on_the_current_stream():
         assert same_bits(result, expected[0]) and same_bits(call.final, expected[1])
 
 
+def test_backward_is_ordered_on_the_current_stream():
+    p = problem(T=100, H=2, K=128, V=128)
+    expected = Gradients(p).run().results()
+    call, stream = Gradients(p), torch.cuda.Stream()
+    kept = [x.clone() for x in (*call.inputs, call.d_out)]
+    for x in (*call.inputs, call.d_out):
+        x.fill_(torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for to, x in zip((*call.inputs, call.d_out), kept):
+            to.copy_(x, non_blocking=True)
+        call.run()
+    stream.synchronize()
+    assert call.matches(expected)
+
+
+def test_backwards_on_many_streams_at_once():
+    shapes = [dict(T=40 + 50 * i, H=1 + i % 3, K=(64, 128)[i % 2], V=128, seed=i) for i in range(5)]
+    calls = [Gradients(problem(**shape)) for shape in shapes]
+    expected = [call.run().results() for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    for call in calls:
+        call.poison()
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for call, stream in zip(calls, streams):
+            with torch.cuda.stream(stream):
+                call.run()
+    torch.cuda.synchronize()
+    assert all(call.matches(result) for call, result in zip(calls, expected))
+
+
 def test_many_streams_at_once():
     shapes = [dict(T=40 + 50 * i, H=1 + i % 3, K=(64, 128)[i % 2], V=128, seed=i) for i in range(6)]
     calls = [Call(problem(**shape)) for shape in shapes]
@@ -647,10 +915,13 @@ def test_device_that_is_not_current():
 # ---- determinism, size, speed ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["prefill", "decode"])
+@pytest.mark.parametrize("op", ["prefill", "decode", "backward"])
 def test_1000_repetitions_on_a_busy_gpu(op):
     if op == "prefill":
         call = Call(problem(lens=[300, 0, 64, 17, 130], H=8, K=128, V=128))
+        run = call.run
+    elif op == "backward":
+        call = Gradients(problem(lens=[300, 0, 64, 17, 130], H=4, HV=8, K=128, V=128))
         run = call.run
     else:
         call = Call(problem(B=32, T=2, H=8, K=128, V=128))
@@ -663,6 +934,9 @@ def test_1000_repetitions_on_a_busy_gpu(op):
 
     run()
     expected = call.results()
+    results = (call.out, call.final)
+    if op == "backward":
+        expected, results = expected.values(), call.d.values()
     wanted = [raw(x) for x in expected]
     other = torch.cuda.Stream()
     busy = torch.randn(3072, 3072, device="cuda", dtype=torch.bfloat16)
@@ -673,9 +947,11 @@ def test_1000_repetitions_on_a_busy_gpu(op):
         if i % 4 == 0:
             with torch.cuda.stream(other):
                 torch.mm(busy, busy, out=sink)
+        if op == "backward":
+            call.poison()
         call.out.fill_(torch.nan)
         run()
-        for x, y in zip((call.out, call.final), wanted):
+        for x, y in zip(results, wanted):
             differing += (raw(x) != y).any()
     torch.cuda.synchronize()
     assert differing.item() == 0
@@ -714,6 +990,38 @@ def test_more_than_2_31_elements():
         assert same_bits(out[:, t : min(t + 16_000, split)], head[:, t : t + 16_000])
     assert torch.isfinite(out[:, -1000:]).all() and torch.isfinite(final).all()
     assert out[:, -1000:].float().abs().mean() > 0
+
+
+def test_backward_of_more_than_2_31_elements():
+    """Two sequences in one call against the second alone, which lies past 2**31 elements: the same bits."""
+    T, H, D, split = 180_000, 96, 128, 176_000
+    assert split * H * D > 2**31
+    free, _ = torch.cuda.mem_get_info()
+    if free < 70e9:
+        pytest.skip(f"{free / 1e9:.0f} GB of free device memory, expected 70")
+    q, k, v, g, d_out = (
+        torch.empty(1, T, H, D, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(5)
+    )
+    beta = torch.randn(1, T, H, device="cuda", dtype=torch.bfloat16)
+    bias = torch.full((H, D), -4.0, device="cuda")
+    inputs = q, k, v, g, beta
+
+    def backward(rows, cu_seqlens):
+        x = [t[:, rows] for t in inputs]
+        d_g = torch.full_like(x[3], torch.nan)
+        d_initial = torch.empty(len(cu_seqlens) - 1, H, D, D, device="cuda")
+        bounds = torch.tensor(cu_seqlens, device="cuda")
+        flash_kda.backward(
+            *x, None, d_out[:, rows], None, bias, None, cu_seqlens=bounds, d_g=d_g,
+            d_initial_state=d_initial,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        return d_g[:, -(T - split) :].clone(), d_initial[-1]
+
+    d_g, d_initial = backward(slice(0, T), [0, split, T])
+    alone = backward(slice(split, T), [0, T - split])
+    assert same_bits(d_g, alone[0]) and same_bits(d_initial, alone[1])
+    assert torch.isfinite(d_g).all() and d_g.float().abs().mean() > 0
 
 
 FIRST_CALL = """

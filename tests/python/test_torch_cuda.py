@@ -4,14 +4,16 @@ Gold is the call in double precision on the CPU (backend "reference"). FLA's own
 `fla` is not installed.
 """
 
+import functools
 import importlib
 import types
 
 import flash_kda
 import pytest
 import torch
+import torch.utils.checkpoint
 from flash_kda import ops
-from problems import error, problem, wrap_functions
+from problems import error, problem, torch_of, wrap_functions
 from test_cuda import DECODE_TOLERANCE, REASON, TOLERANCE, on_device, same_bits
 
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -265,6 +267,171 @@ def test_the_stream_of_the_call():
     assert same_bits(out, expected[0]) and same_bits(final, expected[1])
 
 
+# ---- gradients --------------------------------------------------------------------------------------------
+
+NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+
+
+def leaves(p, device="cuda", dtype=None, wanted=NAMES):
+    """What gradients are taken by; `dtype` in the place of every one of theirs."""
+    given = {n: getattr(p, n) for n in NAMES}
+    given = {n: torch_of(x).to(device, dtype) for n, x in given.items() if x is not None}
+    return {n: x.clone().requires_grad_(n in wanted) for n, x in given.items()}
+
+
+def run_leaves(p, x, **options):
+    flag = {**flags(p), **options}
+    for name in ("A_log", "dt_bias"):
+        flag.pop(name, None)
+    if p.cu_seqlens is not None:
+        flag["cu_seqlens"] = torch_of(p.cu_seqlens).to(x["q"].device)
+    x = dict(x)
+    if "dt_bias" in x:
+        x["dt_bias"] = x["dt_bias"].flatten()
+    return flash_kda.chunk_kda(**x, state_v_first=True, **flag)
+
+
+def gradients(p, x, outputs=None, **options):
+    """Of a random linear function of the outputs, by what of x requires them."""
+    out, final = outputs or run_leaves(p, x, **options)
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(o.shape, generator=generator).bfloat16() for o in (out, final)]
+    wanted = {n: t for n, t in x.items() if t.requires_grad}
+    d = [w.to(o.device, o.dtype) for w, o in zip(weights, (out, final))]
+    return dict(zip(wanted, torch.autograd.grad((out, final), list(wanted.values()), d)))
+
+
+def same_gradients(x, y):
+    return x.keys() == y.keys() and all(same_bits(x[n], y[n]) for n in x)
+
+
+@pytest.mark.parametrize("shape", PROBLEMS, ids=str)
+def test_gradients_against_gold(shape):
+    """Those of chunk_kda in float64, which the CPU's tests hold against autograd of the recurrence."""
+    p = problem(**shape)
+    ours = gradients(p, leaves(p))
+    gold = gradients(p, leaves(p, "cpu", torch.float64))
+    assert ours.keys() == gold.keys()
+    for n, x in ours.items():
+        assert error(x.cpu(), gold[n]) <= TOLERANCE, n
+
+
+@pytest.mark.parametrize("wanted", [("v",), ("q", "A_log"), ("beta", "initial_state"), ("g", "k")])
+def test_only_what_requires_grad(wanted):
+    p = problem(T=100, HV=4, K=128, V=128)
+    every = gradients(p, leaves(p))
+    some = gradients(p, leaves(p, wanted=wanted))
+    assert same_gradients(some, {n: every[n] for n in NAMES if n in wanted})
+
+
+def test_no_gradients_in_float32():
+    """bfloat16 only: said before the forward."""
+    p = problem(T=20, K=64, V=64)
+    with pytest.raises(NotImplementedError, match="requires grad.*float32, expected bfloat16"):
+        run_leaves(p, leaves(p, dtype=torch.float32))
+
+
+def test_gradients_under_autocast():
+    p = problem(T=70, K=128, V=128)
+    low = leaves(p)
+    wide = {n: x.detach().float().requires_grad_() for n, x in low.items()}
+    expected = gradients(p, dict(low, g=wide["g"], beta=wide["beta"]))
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs = run_leaves(p, wide)
+    got = gradients(p, wide, outputs)
+    for n, x in got.items():
+        assert x.dtype == torch.float32 and torch.equal(x, expected[n].float()), n
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    p = problem(B=2, T=70, K=128, V=128)
+    x = leaves(p)
+    expected = gradients(p, x)
+
+    def function(*tensors):
+        return run_leaves(p, dict(zip(x, tensors)))
+
+    outputs = torch.utils.checkpoint.checkpoint(function, *x.values(), use_reentrant=reentrant)
+    if not reentrant:
+        assert same_gradients(gradients(p, x, outputs), expected)
+        return
+    generator = torch.Generator().manual_seed(5)
+    d = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
+    torch.autograd.backward(outputs, d)
+    assert same_gradients({n: t.grad for n, t in x.items()}, expected)
+
+
+def test_gradients_compiled(fresh_dynamo):
+    """torch.compile with its default backend, with CUDA graphs, and for any T."""
+    p = problem(B=2, T=70, K=128, V=128)
+    x = leaves(p)
+    expected = gradients(p, x)
+
+    def function(*tensors):
+        x = dict(zip(NAMES, tensors))
+        return run_leaves(p, dict(x, q=x["q"] * 1))
+
+    for options in ({}, {"mode": "reduce-overhead"}, {"dynamic": True}):
+        compiled = torch.compile(function, fullgraph=True, **options)
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = gradients(p, x, compiled(*x.values()))
+            assert same_gradients(got, expected), options
+
+
+def test_operators_of_gradients():
+    p = problem(lens=[33, 0, 40], HV=4, K=64, V=64)
+    x = leaves(p)
+    tokens = [x[n] for n in NAMES[:5]]
+    options = {n: x[n] for n in NAMES[5:]} | dict(cu_seqlens=on_device(p.cu_seqlens))
+    torch.library.opcheck(OPS.prefill.default, tokens, {**options, "output_final_state": True})
+    plain = [t.detach() for t in tokens]
+    options = {n: t.detach() for n, t in options.items()}
+    d_out, d_final = torch.randn_like(plain[2]), torch.randn_like(options["initial_state"])
+    for wanted in ((True,) * 8, (True, False, True, False, False, True, False, True)):
+        torch.library.opcheck(
+            OPS.backward.default, (d_out, d_final, *plain), {**options, "wanted": wanted}
+        )
+
+
+def test_training_step_in_a_cuda_graph():
+    """Forward, backward and what they allocate captured once, replayed on other data."""
+    flash_kda.warmup("cuda")
+    p = problem(B=2, T=150, K=128, V=128)
+    x = leaves(p)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    weight = torch.randn(p.v.shape, device="cuda").bfloat16()
+
+    def step():
+        out, final = run_leaves(p, x)
+        return torch.autograd.grad((out * weight).sum() + final.sum(), list(x.values()))
+
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        other = leaves(problem(B=2, T=150, K=128, V=128, seed=seed))
+        with torch.no_grad():
+            for n, t in x.items():
+                t.copy_(other[n])
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        assert all(same_bits(a, b) for a, b in zip(replayed, step()))
+
+
+def test_second_derivatives_are_refused():
+    p = problem(T=20, K=64, V=64)
+    x = leaves(p)
+    first = torch.autograd.grad(run_leaves(p, x)[0].sum(), x["q"], create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        first.sum().backward()
+
+
 # ---- flash-linear-attention -------------------------------------------------------------------------------
 
 
@@ -344,6 +511,71 @@ def test_layer_of_fla(fla, options):
     # The layer in pieces, through its cache, is the layer at once.
     pieces = torch.cat([first, second], 1)
     assert error(pieces.float().cpu(), whole.double().cpu()) <= 2 * FLA_TOLERANCE
+
+
+def naive_chunk_kda(monkeypatch):
+    """Puts FLA's recurrence in PyTorch into the place of our chunk_kda."""
+    functional = flash_kda.functional
+
+    @functools.wraps(functional.chunk_kda)
+    def run(q, k, v, g, beta, A_log, dt_bias, lower_bound=None, **options):
+        assert options["use_gate_in_kernel"] and options["use_beta_sigmoid_in_kernel"]
+        out, _ = naive((q, k, v, g, beta, None, A_log, dt_bias, lower_bound, None))
+        return out.to(v.dtype), None
+
+    monkeypatch.setattr(functional, "chunk_kda", run)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_v_heads=8), dict(safe_gate=True, lower_bound=-5.0)], ids=str
+)
+def test_layer_of_fla_trains(fla, options, monkeypatch):
+    """Gradients of every parameter of FLA's KimiDeltaAttention, beside those through its recurrence."""
+    torch.manual_seed(0)
+    layer = fla.layer(
+        **{"hidden_size": 512, "head_dim": 128, "num_heads": 4, "layer_idx": 0, **options}
+    )
+    layer = layer.to("cuda", torch.bfloat16).train()
+    x = torch.randn(2, 100, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def step():
+        out, _, _ = layer(x)
+        parameters = dict(layer.named_parameters(), x=x)
+        found = torch.autograd.grad((out * weight).sum(), list(parameters.values()))
+        return dict(zip(parameters, found))
+
+    ours = step()
+    assert {name for name, _, _ in fla.seen} == {"prefill"}
+    seen = len(fla.seen)
+    naive_chunk_kda(monkeypatch)
+    theirs = step()
+    assert len(fla.seen) == seen
+    for name, d in ours.items():
+        assert error(d.float().cpu(), theirs[name].double().cpu()) <= 4 * FLA_TOLERANCE, name
+
+
+def test_model_of_fla_trains(fla):
+    """FLA's KDA language model learns a sequence by heart on our kernels."""
+    models = pytest.importorskip("fla.models", exc_type=ImportError)
+    torch.manual_seed(0)
+    config = models.KDAConfig(
+        hidden_size=256, num_hidden_layers=2, num_heads=2, head_dim=128, vocab_size=64,
+        intermediate_size=512, fuse_cross_entropy=False, fuse_norm=False, fuse_swiglu=False, use_cache=False,
+    )  # fmt: skip
+    model = models.KDAForCausalLM(config).to("cuda", torch.bfloat16).train()
+    ids = torch.randint(0, 64, (2, 96), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert {name for name, _, _ in fla.seen} == {"prefill"} and len(fla.seen) >= 24
+    assert losses[-1] < 0.8 * losses[0], losses
 
 
 def test_fla_trains_on(fla):
