@@ -1,21 +1,34 @@
-"""Prefill and backward on the CPU, timed in one process, with their errors against double precision.
+"""Prefill and backward, timed in one process, with the error of every gradient against double precision.
 
-    python bench/backward.py                                          # a table
+    python bench/backward.py                                          # on the CPU: a table
     python bench/backward.py --json bench/results/backward-cpu.json
+    python bench/backward.py --device cuda --compare --json bench/results/backward-h100.json
 
-Wants flash_kda installed, or FLASHKDA built into PYTHONPATH; NumPy. A time is the median of --repeat calls after one. The
-error of a gradient is RMS(x - gold) / RMS(gold), gold being the reference in float64 on one head.
+Wants flash_kda installed, or FLASHKDA built into PYTHONPATH, and NumPy; on a GPU torch, and FLA with --compare.
+
+On the CPU a time is the median of --repeat calls after one, and the errors are those of one head. On a GPU `ms` is
+the device time of a training step of chunk_kda, forward and backward through autograd with the gradients of
+all inputs; `forward_ms` and `backward_ms` are the library's calls alone. Memory is the peak of such a step, its
+inputs and gradients included. The errors are those of two heads, and FLA's are of the same inputs. An error is
+RMS(x - gold) / RMS(gold), gold being the reference in float64.
 """
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
+import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import flash_kda
 import numpy as np
+from flash_kda import bench
 
 SHAPES = [
     dict(T=2048, H=8),
@@ -26,6 +39,9 @@ SHAPES = [
 ]
 NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
 D = 128
+
+
+# ---- on the CPU -------------------------------------------------------------------------------------
 
 
 def problem(T, H, HV=None, lens=None, gate="bounded", dtype=np.float32):
@@ -68,7 +84,7 @@ def median_ms(function, repeat):
 
 
 def errors(shape):
-    """Largest over the gradients, on one head of q and k."""
+    """Of each gradient, on one head of q and k."""
     group = (shape.get("HV") or shape["H"]) // shape["H"]
     x, d_out, options = problem(**{**shape, "H": 1, "HV": group})
     ours = {n: np.empty_like(t) for n, t in x.items()}
@@ -99,18 +115,9 @@ def measure(shape, repeat):
     }  # fmt: skip
 
 
-def git(*arguments):
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--json", help="write a record")
-    args = parser.parse_args()
+def on_the_cpu(args):
     plan = flash_kda.plan(*(problem(16, 1)[0][n] for n in NAMES[:5]), op="backward")
-    backend = next(line.split()[1] for line in plan.splitlines() if line.startswith("backend:"))
+    backend = bench.parse_plan(plan)[0]
     print(f"{backend}, {flash_kda.get_num_threads()} threads")
     print(f"{'':22}{'gate':10}{'forward ms':>12}{'backward ms':>12}{'ratio':>8}{'worst error':>14}")
     rows = []
@@ -119,13 +126,421 @@ def main():
         rows.append(row)
         print(f"{row['name']:22}{row['gate']:10}{row['forward_ms']:12.1f}{row['ms']:12.1f}"
               f"{row['ms'] / row['forward_ms']:8.2f}{max(row['errors'].values()):14.1e}")  # fmt: skip
+    record = {"commit": bench.commit() or None,
+              "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+              "device": platform.processor() or platform.machine(), "rows": rows}  # fmt: skip
     if args.json:
-        record = {"commit": git("rev-parse", "--short=12", "HEAD"),
-                  "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                  "device": platform.processor() or platform.machine(), "rows": rows}  # fmt: skip
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=1)
+        bench.write_record(args.json, record)
+    return 0
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------
+
+GPU_SHAPES = [
+    bench.prefill([8192], 32),
+    bench.prefill([8192], 96),
+    *(
+        bench.prefill(lens, H, name)
+        for H in (96, 64)
+        for lens, name in ((bench.RAGGED6, "ragged6"), ([1024] * 8, None))
+    ),
+    bench.prefill([16384] + [100] * 40, 32, "16384+40x100"),
+]
+# Timed with --compare, in this order while its time lasts: FLA tunes its kernels for each number of heads.
+PEER_ROWS = ("T8192_H32", "T8192_H96", "ragged6_H96", "8x1024_H96")
+STATE = "initial_state"
+OF_TOKENS = NAMES[:5]
+
+
+def gradient_bytes(shape):
+    """Every input read once and every gradient written once, by a backward."""
+    q_k = 2 * shape.H * shape.D * 2
+    others = shape.heads * (2 * shape.D + 1) * 2
+    d_out = shape.heads * shape.D * 2
+    per_token = 2 * (q_k + others) + d_out
+    return shape.tokens * per_token + 2 * shape.heads * (1 + shape.D) * 4 + 2 * shape.state_bytes()
+
+
+class Step(bench.Prefill):
+    """A training step: chunk_kda with the gradients of all that goes in, given that of `out`."""
+
+    def __init__(self, shape, clock, backend=None):
+        super().__init__(shape, clock, backend)
+        self.leaves = []
+        for x in self.tensors:
+            del x["final"]
+            x["d_out"] = self.normal(*x["out"].shape)
+            given = {n: x[n] for n in OF_TOKENS} | {"A_log": self.A_log, "dt_bias": self.dt_bias}
+            given[STATE] = x["initial"]
+            self.leaves.append({n: t.detach().requires_grad_() for n, t in given.items()})
+        self.gradients = {f"d_{n}": self.torch.empty_like(t) for n, t in self.leaves[0].items()}
+        self.workspace = self.torch.empty(
+            workspace_bytes(self.plan()) + 256, dtype=self.torch.uint8, device=clock.device
+        )
+
+    def inputs_bytes(self):
+        """Of one copy."""
+        tensors = (*self.leaves[0].values(), self.tensors[0]["d_out"])
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def arguments(self, c, middle):
+        x = self.leaves[c]
+        tokens = (x[n].detach() for n in OF_TOKENS)
+        return (
+            *tokens, None, middle, self.A_log, self.dt_bias, bench.LOWER_BOUND,
+            self.tensors[c]["initial"], None, self.cu_seqlens,
+        )  # fmt: skip
+
+    def forward(self, c):
+        arguments = self.arguments(c, self.tensors[c]["out"])
+        return functools.partial(flash_kda.fwd, *arguments, backend=self.backend)
+
+    def backward(self, c):
+        return functools.partial(
+            flash_kda.backward, *self.arguments(c, self.tensors[c]["d_out"]), **self.gradients,
+            workspace=self.workspace, backend=self.backend,
+        )  # fmt: skip
+
+    def plan(self):
+        return flash_kda.plan(*self.arguments(0, None), op="backward", backend=self.backend)
+
+    def step(self, c, chunk_kda=None):
+        """The gradients by all inputs of copy c; FLA's with its chunk_kda."""
+        x = self.leaves[c]
+        function = chunk_kda or flash_kda.chunk_kda
+        out = function(
+            **{n: x[n] for n in OF_TOKENS}, A_log=x["A_log"], dt_bias=x["dt_bias"].view(-1),
+            initial_state=x[STATE], use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, safe_gate=True, lower_bound=bench.LOWER_BOUND,
+            cu_seqlens=self.cu_seqlens, **bench.v_first(function),
+        )[0]  # fmt: skip
+        found = self.torch.autograd.grad(out, list(x.values()), self.tensors[c]["d_out"])
+        return dict(zip(x, found))
+
+    def steps(self, chunk_kda=None):
+        return [functools.partial(self.step, c, chunk_kda) for c in range(self.copies)]
+
+    def again(self, chunk_kda):
+        """Another library's backward alone: of a graph that is kept."""
+        x = self.leaves[0]
+        autograd = self.torch.autograd
+        kept = []
+        grad, autograd.grad = autograd.grad, lambda out, *_: kept.append(out) or [None] * len(x)
+        try:
+            self.step(0, chunk_kda)
+        finally:
+            autograd.grad = grad
+        d_out, inputs = self.tensors[0]["d_out"], list(x.values())
+        return lambda: autograd.grad(kept[0], inputs, d_out, retain_graph=True)
+
+    def peak_gib(self, clock, chunk_kda=None):
+        """Of a step: one copy of the inputs, what it makes of them, and its gradients."""
+        if clock.device.type != "cuda":
+            return None
+        memory = self.torch.cuda
+        self.step(0, chunk_kda)
+        clock.sync()
+        memory.reset_peak_memory_stats()
+        before = memory.memory_allocated()
+        self.step(0, chunk_kda)
+        clock.sync()
+        return (memory.max_memory_allocated() - before + self.inputs_bytes()) / 2**30
+
+    def sample(self, chunk_kda=None):
+        """Per sampled head the inputs of a step and its gradients, on the CPU."""
+        found = self.step(0, chunk_kda)
+        x, samples = self.tensors[0], []
+        for j in self.sampled_heads():
+            one = self.inputs(j) | {"d_out": bench.on_host(x["d_out"][:, :, j : j + 1])}
+            for n, d in found.items():
+                one[f"d_{n}"] = bench.on_host(d[j : j + 1] if n in ("A_log", "dt_bias")
+                                              else d[:, j : j + 1] if n == STATE
+                                              else d[:, :, j : j + 1])  # fmt: skip
+            samples.append(one)
+        return samples
+
+    @staticmethod
+    def gold(x):
+        """The gradients in double precision."""
+        import torch
+
+        shapes = {**{n: n for n in NAMES}, STATE: "initial"}
+        wide = {
+            f"d_{n}": torch.full_like(x[y], torch.nan, dtype=torch.float64)
+            for n, y in shapes.items()
+        }
+        flash_kda.backward(
+            *(x[n] for n in OF_TOKENS), None, x["d_out"], x["A_log"], x["dt_bias"],
+            bench.LOWER_BOUND, x["initial"], None, x["cu_seqlens"], **wide, backend="reference",
+        )  # fmt: skip
+        return wide
+
+
+def workspace_bytes(plan):
+    return int(plan.split("workspace ")[1].split()[0])
+
+
+def errors_of(samples, golds):
+    """Of each gradient."""
+    return {
+        name: bench.relative_error([(x[name], gold[name]) for x, gold in zip(samples, golds)])
+        for name in golds[0]
+    }
+
+
+def worst(found):
+    return max(found[f"d_{n}"] for n in OF_TOKENS), max(found[f"d_{n}"] for n in ("A_log", "dt_bias", STATE))  # fmt: skip
+
+
+FIRST_STEP = """
+import time, torch
+q, k, v, g, d = (torch.randn(1, 8192, 32, 128, device="cuda").bfloat16() for _ in range(5))
+beta, A_log = torch.randn(1, 8192, 32, device="cuda").bfloat16(), torch.zeros(32, device="cuda")
+dt_bias = torch.zeros(32 * 128, device="cuda")
+x = [t.requires_grad_() for t in (q, k, v, g, beta, A_log, dt_bias)]
+(q.detach() + 1).sum().item()
+begin = time.perf_counter()
+import flash_kda
+out, _ = flash_kda.chunk_kda(
+    q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, lower_bound=-5.0, use_qk_l2norm_in_kernel=True,
+    use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+)
+torch.autograd.grad(out, x, d)
+torch.cuda.synchronize()
+print(time.perf_counter() - begin)
+"""
+
+
+def first_step_ms():
+    """Of a process of its own, from `import flash_kda` to the first gradients; torch and its context are there."""
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return 1e3 * float(done.stdout.split()[-1])
+
+
+@contextlib.contextmanager
+def forced(backend):
+    """chunk_kda has no argument for it."""
+    before = os.environ.pop("FLASHKDA_BACKEND", None)
+    if backend:
+        os.environ["FLASHKDA_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        os.environ.pop("FLASHKDA_BACKEND", None)
+        if before is not None:
+            os.environ["FLASHKDA_BACKEND"] = before
+
+
+class Training(bench.Bench):
+    def rows_of(self, shape, backend):
+        with forced(backend):
+            problem = Step(shape, self.clock, backend)
+            for gate in self.options.gates:
+                self.row_of(problem, gate)
+
+    def row_of(self, problem, gate):
+        shape, clock, seconds = problem.shape, self.clock, self.options.seconds
+        problem.set_gate(gate)
+        samples = problem.sample()
+        text = problem.plan()
+        backend, plan = bench.parse_plan(text)
+        row = {
+            "name": shape.name, "op": "backward", "N": shape.N, "lens": list(shape.lens), "H": shape.H,
+            "HV": shape.heads, "K": shape.D, "V": shape.D, "gate": gate, "backend": backend,
+            "variant": shape.variant, "dtype": "bf16", "plan": plan,
+            "ms": clock.calls(problem.steps(), seconds),
+            "forward_ms": clock.calls([problem.forward(c) for c in range(problem.copies)], seconds),
+            "backward_ms": clock.calls([problem.backward(c) for c in range(problem.copies)], seconds),
+            "floor_ms": (shape.bytes() + gradient_bytes(shape)) / self.copy_gbps / 1e6,
+            "peers_ms": {}, "error_o": None, "error_state": None,
+            "peak_gib": problem.peak_gib(clock), "workspace_bytes": workspace_bytes(text),
+            "host_us": bench.host_us(clock, problem.steps()[0], 5.0),
+        }  # fmt: skip
+        self.rows.append(row)
+        bench.say(
+            f"{row['name']:<20} {gate:<7} {backend:<10} step {row['ms']:8.3f} ms, forward"
+            f" {row['forward_ms']:.3f}, backward {row['backward_ms']:.3f}, floor {row['floor_ms']:.3f}"
+        )
+        pairs = self.samples.setdefault(self.key(row), [])
+        pairs.append((row, samples))
+        if not bench.same_inputs(pairs[0][1], samples):
+            raise RuntimeError(f"{backend}: the inputs differ from those of the first backend")
+
+    def gold(self):
+        tasks = [(key, x) for key, pairs in self.samples.items() for x in pairs[0][1]]
+        order = sorted(
+            range(len(tasks)), key=lambda i: -max(self.samples[tasks[i][0]][0][0]["lens"])
+        )
+        begin = time.monotonic()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = dict(zip(order, pool.map(lambda i: Step.gold(tasks[i][1]), order)))
+        for i, (key, _) in enumerate(tasks):
+            self.golds.setdefault(key, []).append(made[i])
+        for key, pairs in self.samples.items():
+            for row, samples in pairs:
+                row["errors"] = errors_of(samples, self.golds[key])
+                row["error_o"], row["error_state"] = worst(row["errors"])
+                for name, x in row["errors"].items():
+                    if not x <= bench.ERROR_LIMIT:
+                        what = " ".join((*key, row["backend"]))
+                        self.failures.append(f"{what}: {name} {x:.2e}")
+        bench.say(f"gold of {len(tasks)} heads took {time.monotonic() - begin:.1f} s")
+
+    def write(self):
+        if self.options.json:
+            bench.write_record(self.options.json, self.record())
+
+    def peer(self, chunk_kda, shape):
+        clock, seconds = self.clock, self.options.seconds
+        rows = [row for row in self.rows if row["name"] == shape.name]
+        problem = Step(shape, clock)
+        begin = time.perf_counter()
+        problem.step(0, chunk_kda)
+        clock.sync()
+        bench.say(f"{shape.name}: FLA's first step took {time.perf_counter() - begin:.1f} s")
+        for gate in dict.fromkeys(row["gate"] for row in rows):
+            problem.set_gate(gate)
+            samples = problem.sample(chunk_kda)
+            ms = clock.calls(problem.steps(chunk_kda), seconds)
+            alone = clock.calls([problem.again(chunk_kda)], seconds)
+            peak = problem.peak_gib(clock, chunk_kda)
+            mine = [row for row in rows if row["gate"] == gate]
+            key = self.key(mine[0])
+            for row in mine:
+                row["peers_ms"]["fla"] = ms
+                row["peers_backward_ms"] = {"fla": alone}
+                row["peers_peak_gib"] = {"fla": peak}
+            if key in self.golds:
+                if not bench.same_inputs(self.samples[key][0][1], samples):
+                    raise RuntimeError("the inputs differ from those that ours ran on")
+                found = errors_of(samples, self.golds[key])
+                o, state = worst(found)
+                for row in mine:
+                    row["peers_errors"] = {"fla": found}
+                    row["peers_error"] = {"fla": {"o": o, "state": state}}
+            bench.say(f"{shape.name:<20} {gate:<7} fla step {ms:8.3f} ms, backward {alone:.3f}")
+
+    def peers(self, shapes, start):
+        names = [name for name in PEER_ROWS if any(row["name"] == name for row in self.rows)]
+        chosen = [shape for name in names for shape in shapes if shape.name == name]
+        processes = [] if self.options.no_prewarm else start_prewarm(chosen)
+        if processes:
+            budget = 0.6 * self.options.peers_budget
+            bench.finish_prewarm(processes, max(1.0, budget - (time.monotonic() - start)))
+            bench.say(f"prewarming ended after {time.monotonic() - start:.0f} s")
+        try:
+            chunk_kda, _, version = bench.load_fla()
+        except Exception as error:
+            bench.say(f"FLA is left out: {type(error).__name__}: {error}")
+            self.head["versions"]["fla-core"] = None
+            return
+        self.head["versions"]["fla-core"] = version
+        for shape in chosen:
+            if time.monotonic() - start > self.options.peers_budget:
+                bench.say(f"{shape.name} is not timed with FLA: --peers-budget is used up")
+                continue
+            with self.guarded(f"fla {shape.name}"), bench.ours_forbidden():
+                self.peer(chunk_kda, shape)
+            self.release()
+            self.write()
+
+
+# As in flash_kda.bench: compiled ahead, in processes of their own, what FLA's tuning will ask for.
+def prewarm_fla(H, ragged):
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    import torch
+    from triton.runtime import driver
+
+    def launch_once(kernel_call, quantiles=None, **_):
+        kernel_call()
+        return [1.0] * len(quantiles) if quantiles else 1.0
+
+    driver.active.get_benchmarker = lambda: launch_once
+    chunk_kda, _, _ = bench.load_fla()
+    lens = (512, 300, 1024) if ragged else (1024,)
+    clock = bench.CudaClock(torch, torch.cuda.current_device())
+    Step(bench.Shape("prewarm", lens, H), clock).step(0, chunk_kda)
+    torch.cuda.synchronize()
+
+
+def start_prewarm(shapes):
+    kinds = dict.fromkeys((shape.H, shape.ragged) for shape in shapes)
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = "import sys; sys.path.insert(0, {!r}); import backward; backward.prewarm_fla({}, {})"
+    started = []
+    for kind in kinds:
+        log = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-c", code.format(here, *kind)]
+        started.append((kind, subprocess.Popen(command, stdout=log, stderr=log), log))
+    return started
+
+
+def run(clock, shapes, options):
+    training = Training(clock, options)
+    if clock.device.type == "cuda":
+        with training.guarded("first step"):
+            training.head["first_step_ms"] = first_step_ms()
+    begin = time.monotonic()
+    training.ours(shapes)
+    training.write()
+    bench.say(f"our rows took {time.monotonic() - begin:.0f} s")
+    with training.guarded("gold"):
+        training.gold()
+    training.write()
+    if options.compare:
+        training.peers(shapes, time.monotonic())
+        training.write()
+    return training
+
+
+def on_a_gpu(args):
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+    shapes = [s for s in GPU_SHAPES if args.rows is None or s.name in args.rows.split(",")]
+    training = run(bench.CudaClock(torch, 0), shapes, args)
+    for row in training.rows:
+        fla = row["peers_ms"].get("fla")
+        theirs = row.get("peers_errors", {}).get("fla", {})
+        print(
+            f"{row['name']:<18}{row['gate']:<8}{row['backend']:<10}{row['ms']:8.3f} ms"
+            f"  forward {row['forward_ms']:.3f}  backward {row['backward_ms']:.3f}"
+            f"  peak {row['peak_gib']:.2f} GiB"
+            + (f"  FLA {fla:.3f} ms, {row['peers_peak_gib']['fla']:.2f} GiB" if fla else "")
+        )
+        for name, x in row.get("errors", {}).items():
+            beside = f", FLA {theirs[name]:.1e}" if name in theirs else ""
+            more = "  MORE" if x > theirs.get(name, x) else ""
+            print(f"    {name:<18}{x:.1e}{beside}{more}")
+    print(f"first step {training.head.get('first_step_ms')} ms")
+    for text in training.failures:
+        print(f"FAILED {text}")
+    return 1 if training.failures else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--repeat", type=int, default=7, help="on the CPU: calls")
+    add("--json", help="write a record")
+    add("--seconds", type=float, default=0.2, help="on a GPU: of device time for each time (0.2)")
+    add("--gates", default=",".join(bench.GATES), help="on a GPU: gate strengths (all three)")
+    add("--rows", metavar="NAME,...", help="on a GPU: only these, as T8192_H32")
+    add("--backend", metavar="NAME,...", help="on a GPU: instead of all that can run a row")
+    add("--compare", action="store_true", help="on a GPU: FLA on some of the rows")
+    add("--peers-budget", type=float, default=400, help="seconds; no peer row starts later (400)")
+    add("--no-prewarm", action="store_true", help="do not compile FLA's kernels ahead in parallel")
+    add("--commit", help="recorded with the result; default: what git says")
+    add("--note", default="", help="recorded with the result")
+    args = parser.parse_args()
+    args.gates = args.gates.split(",")
+    args.backend = args.backend.split(",") if args.backend else []
+    return on_the_cpu(args) if args.device == "cpu" else on_a_gpu(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
