@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import json
 import os
 import platform
 import subprocess
@@ -201,37 +200,39 @@ class Step(bench.Prefill):
             workspace=self.workspace, backend=self.backend,
         )  # fmt: skip
 
-    def plan(self):
-        return flash_kda.plan(*self.arguments(0, None), op="backward", backend=self.backend)
+    def plan(self, op="backward"):
+        return flash_kda.plan(*self.arguments(0, None), op=op, backend=self.backend)
 
-    def step(self, c, chunk_kda=None):
-        """The gradients by all inputs of copy c; FLA's with its chunk_kda."""
+    def output(self, c, chunk_kda=None):
+        """Of copy c; FLA's with its chunk_kda."""
         x = self.leaves[c]
         function = chunk_kda or flash_kda.chunk_kda
-        out = function(
+        return function(
             **{n: x[n] for n in OF_TOKENS}, A_log=x["A_log"], dt_bias=x["dt_bias"].view(-1),
             initial_state=x[STATE], use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
             use_beta_sigmoid_in_kernel=True, safe_gate=True, lower_bound=bench.LOWER_BOUND,
             cu_seqlens=self.cu_seqlens, **bench.v_first(function),
         )[0]  # fmt: skip
-        found = self.torch.autograd.grad(out, list(x.values()), self.tensors[c]["d_out"])
+
+    def differentiated(self, c, out, **options):
+        """The gradients by all inputs of copy c."""
+        x = self.leaves[c]
+        found = self.torch.autograd.grad(out, list(x.values()), self.tensors[c]["d_out"], **options)
         return dict(zip(x, found))
+
+    def step(self, c, chunk_kda=None):
+        return self.differentiated(c, self.output(c, chunk_kda))
 
     def steps(self, chunk_kda=None):
         return [functools.partial(self.step, c, chunk_kda) for c in range(self.copies)]
 
-    def again(self, chunk_kda):
-        """Another library's backward alone: of a graph that is kept."""
-        x = self.leaves[0]
-        autograd = self.torch.autograd
-        kept = []
-        grad, autograd.grad = autograd.grad, lambda out, *_: kept.append(out) or [None] * len(x)
-        try:
-            self.step(0, chunk_kda)
-        finally:
-            autograd.grad = grad
-        d_out, inputs = self.tensors[0]["d_out"], list(x.values())
-        return lambda: autograd.grad(kept[0], inputs, d_out, retain_graph=True)
+    def backwards(self, chunk_kda):
+        """The second half of a step, of a graph that is kept."""
+        outs = [self.output(c, chunk_kda) for c in range(self.copies)]
+        return [
+            functools.partial(self.differentiated, c, out, retain_graph=True)
+            for c, out in enumerate(outs)
+        ]
 
     def peak_gib(self, clock, chunk_kda=None):
         """Of a step: one copy of the inputs, what it makes of them, and its gradients."""
@@ -334,11 +335,17 @@ def forced(backend):
 
 
 class Training(bench.Bench):
+    def ours(self, shapes):
+        for shape in shapes:
+            for backend in self.options.backend or [None]:
+                with self.guarded(shape.name), forced(backend):
+                    self.rows_of(shape, backend)
+                self.release()
+
     def rows_of(self, shape, backend):
-        with forced(backend):
-            problem = Step(shape, self.clock, backend)
-            for gate in self.options.gates:
-                self.row_of(problem, gate)
+        problem = Step(shape, self.clock, backend)
+        for gate in self.options.gates:
+            self.row_of(problem, gate)
 
     def row_of(self, problem, gate):
         shape, clock, seconds = problem.shape, self.clock, self.options.seconds
@@ -346,10 +353,11 @@ class Training(bench.Bench):
         samples = problem.sample()
         text = problem.plan()
         backend, plan = bench.parse_plan(text)
+        forward = bench.parse_plan(problem.plan(op="prefill"))[0]
         row = {
             "name": shape.name, "op": "backward", "N": shape.N, "lens": list(shape.lens), "H": shape.H,
             "HV": shape.heads, "K": shape.D, "V": shape.D, "gate": gate, "backend": backend,
-            "variant": shape.variant, "dtype": "bf16", "plan": plan,
+            "forward_backend": forward, "variant": shape.variant, "dtype": "bf16", "plan": plan,
             "ms": clock.calls(problem.steps(), seconds),
             "forward_ms": clock.calls([problem.forward(c) for c in range(problem.copies)], seconds),
             "backward_ms": clock.calls([problem.backward(c) for c in range(problem.copies)], seconds),
@@ -404,7 +412,7 @@ class Training(bench.Bench):
             problem.set_gate(gate)
             samples = problem.sample(chunk_kda)
             ms = clock.calls(problem.steps(chunk_kda), seconds)
-            alone = clock.calls([problem.again(chunk_kda)], seconds)
+            alone = clock.calls(problem.backwards(chunk_kda), seconds)
             peak = problem.peak_gib(clock, chunk_kda)
             mine = [row for row in rows if row["gate"] == gate]
             key = self.key(mine[0])
@@ -530,7 +538,7 @@ def main():
     add("--seconds", type=float, default=0.2, help="on a GPU: of device time for each time (0.2)")
     add("--gates", default=",".join(bench.GATES), help="on a GPU: gate strengths (all three)")
     add("--rows", metavar="NAME,...", help="on a GPU: only these, as T8192_H32")
-    add("--backend", metavar="NAME,...", help="on a GPU: instead of all that can run a row")
+    add("--backend", metavar="NAME,...", help="on a GPU: forced, forward too (the plan's choice)")
     add("--compare", action="store_true", help="on a GPU: FLA on some of the rows")
     add("--peers-budget", type=float, default=400, help="seconds; no peer row starts later (400)")
     add("--no-prewarm", action="store_true", help="do not compile FLA's kernels ahead in parallel")

@@ -4,7 +4,7 @@
 Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows of cpu-*.json. Between the
 markers `bench:cpu-all` in docs/kernels/cpu.md: all of them. Likewise `bench:gpu` in README.md from
 prefill-*.json and decode-*.json, and `bench:gpu-prefill-sm90`, `bench:gpu-prefill`, `bench:gpu-decode` in
-docs/kernels/. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
+docs/kernels/, and `bench:gpu-backward` there from backward-*.json of GPUs. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
 """
 
 import argparse
@@ -274,6 +274,57 @@ def gpu_decode_page(records):
     return gpu_machine(records[1]) + [""] + gpu_decode(records[1])
 
 
+def gib(x):
+    return "–" if x is None else f"{x:.2f}"
+
+
+def gpu_backward(record):
+    """Training steps beside FLA's, then the error of every gradient, the worst of the record's shapes."""
+    lines = []
+    for row in record["rows"]:
+        fla, peak = row["peers_ms"].get("fla"), row.get("peers_peak_gib", {}).get("fla")
+        line = [row["name"].replace("_", ", "), row["gate"], number(row["ms"])]
+        line += [number(row["forward_ms"]), number(row["backward_ms"]), number(row["floor_ms"])]
+        line += [number(fla), number(row.get("peers_backward_ms", {}).get("fla"))]
+        line += [times(fla / row["ms"] if fla else None), gib(row["peak_gib"]), gib(peak)]
+        lines.append(line + [percent(row["peak_gib"] / peak if peak else None)])
+    head = ["forward + backward, D 128", "gates", "ms", "forward", "backward", "floor, ms", "FLA, ms"]
+    head += ["its backward", "faster", "peak GiB", "FLA's", "of FLA's"]
+    yield from table(head, lines)
+    yield ""
+    gates = list(dict.fromkeys(row["gate"] for row in record["rows"]))
+    compared = [row for row in record["rows"] if "peers_errors" in row]
+    lines = []
+    for name in record["rows"][0]["errors"]:
+        line = [f"`{name}`"]
+        for gate in gates:
+            line.append(error(max(x["errors"][name] for x in record["rows"] if x["gate"] == gate)))
+            beside = [x for x in compared if x["gate"] == gate]
+            line.append(error(max((x["errors"][name] for x in beside), default=None)))
+            theirs = (x["peers_errors"]["fla"][name] for x in beside)
+            line.append(error(max(theirs, default=None)))
+        lines.append(line)
+    head = ["error of"]
+    for gate in gates:
+        head += [f"{gate} gates, all shapes", "those that FLA ran", "FLA's"]
+    yield from table(head, lines)
+
+
+def gpu_backward_page(records):
+    if not records:
+        return ["No result is recorded yet."]
+    pages = []
+    for record in records:
+        first = record.get("first_step_ms")
+        lines = gpu_machine(record)
+        if first:
+            lines.append(
+                f"The first training step of a process, T 8192 and H 32, from `import flash_kda`: {number(first)} ms."
+            )
+        pages += lines + ["", *gpu_backward(record)]
+    return pages
+
+
 def gpu_records(root):
     """Pairs (prefill, decode) of one device each."""
     pairs = []
@@ -305,6 +356,11 @@ def main():
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     stale = []
     gpu = gpu_records(options.root)
+    gradients = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((options.root / "bench/results").glob("backward-*.json"))
+        if not path.stem.startswith("backward-cpu")
+    ]
     documents = (
         ("README.md", "cpu", readme, records),
         ("docs/kernels/cpu.md", "cpu-all", everything, records),
@@ -312,6 +368,7 @@ def main():
         ("docs/kernels/prefill_sm90.md", "gpu-prefill-sm90", gpu_prefill_page("sm90"), gpu),
         ("docs/kernels/prefill_portable.md", "gpu-prefill", gpu_prefill_page("portable"), gpu),
         ("docs/kernels/decode.md", "gpu-decode", gpu_decode_page, gpu),
+        ("docs/kernels/backward_portable.md", "gpu-backward", gpu_backward_page, [gradients]),
     )
     for name, marker, make, sources in documents:
         path = options.root / name

@@ -5,15 +5,19 @@
     python examples/train.py --save run.pt --steps 100            # stop half way ...
     python examples/train.py --resume run.pt --steps 200          # ... and go on: the same losses
     python examples/train.py --compare --json FILE --plot FILE    # all of it, side by side
+    python examples/train.py --device cuda --compare              # a larger model on a GPU, FLA too if installed
 
 Bytes in, bytes out. Three layers of Kimi Delta Attention to one of multi-head latent attention without
 positions, as in Kimi Linear (arXiv 2510.26692); each followed by a SwiGLU MLP. --kda fla trains on
-flash-linear-attention's kernels (on a GPU); naive64 is the recurrence in float64 inside a float32 model: how far
-naive and naive64 come apart is what rounding does to a training curve.
+flash-linear-attention's kernels (on a GPU); naive64 is the recurrence in float64 inside the same model: how far
+naive and naive64 come apart is what rounding does to a training curve. On a GPU the model is float32 under bfloat16
+autocast, and q, k and v go to each of them in bfloat16; tokens a second are also taken of long sequences, where
+the recurrence would take hours.
 """
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -60,8 +64,25 @@ def naive_kda(q, k, v, g, beta, A_log, dt_bias, lower_bound, dtype):
 def kda_function(name):
     if name in ("naive", "naive64"):
         dtype = torch.float64 if name == "naive64" else torch.float32
-        return lambda *x: naive_kda(*x, dtype)
+
+        def kda(*x):
+            return naive_kda(*x, dtype)
+
+    else:
+        kda = kernels(name)
+
+    def run(q, k, v, *rest):
+        device = q.device.type
+        if torch.is_autocast_enabled(device):  # as an operator that knows of autocast does
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        return kda(q, k, v, *rest)
+
+    return run
+
+
+def kernels(name):
     if name == "fla":
+        os.environ["FLA_FLASH_KDA"] = "0"  # its own
         from fla.ops.kda import chunk_kda
     else:
         from flash_kda import chunk_kda
@@ -191,7 +212,7 @@ def batch(text, args, step, device):
 
 
 def train(args, kda, steps, resume=None, save=None, say=print):
-    """Losses of the steps that were run, and tokens a second (the median step)."""
+    """Losses of the steps that were run, tokens a second (the median step), and seconds of the first step."""
     torch.manual_seed(args.seed)
     text, device = corpus(), torch.device(args.device)
     model = Model(args, kda_function(kda)).to(device)
@@ -226,7 +247,7 @@ def train(args, kda, steps, resume=None, save=None, say=print):
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, save
         )
     median = sorted(times)[len(times) // 2] if times else float("nan")
-    return losses, args.batch * args.length / median
+    return losses, args.batch * args.length / median, times[0] if times else None
 
 
 def distance(a, b, window=10):
@@ -236,42 +257,61 @@ def distance(a, b, window=10):
 
 
 def compare(args):
-    names = ["flash_kda", "naive", "naive64"] + (["fla"] if args.device != "cpu" else [])
-    curves, rates = {}, {}
-    for name in names:
-        curves[name], rates[name] = train(args, name, args.steps)
-    half = args.steps // 2
-    path = args.save or "train-half.pt"
-    resumed, _ = train(args, "flash_kda", half, save=path)
-    resumed += train(args, "flash_kda", args.steps, resume=path)[0]
-    if not args.save:
-        os.unlink(path)
+    """Curves of every implementation, and of a run that was stopped half way; then rates of long sequences."""
+    cpu = args.device == "cpu"
     record = {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": platform.processor() or platform.machine() if args.device == "cpu"
+        "device": platform.processor() or platform.machine() if cpu
         else torch.cuda.get_device_name(args.device),
         "torch": torch.__version__,
         "settings": {n: getattr(args, n) for n in
                      ("steps", "seed", "layers", "dim", "heads", "head_dim", "length", "batch", "lr", "bf16")},
-        "tokens_per_second": {n: round(x) for n, x in rates.items()},
-        "distance": {
-            "flash_kda_naive": distance(curves["flash_kda"], curves["naive"]),
-            "naive_naive64": distance(curves["naive"], curves["naive64"]),
-            "resumed": max(abs(a - b) for a, b in zip(resumed, curves["flash_kda"])),
-        },
-        "losses": {n: [round(x, 5) for x in c] for n, c in curves.items()},
+        "tokens_per_second": {}, "first_step_seconds": {}, "distance": {}, "losses": {},
     }  # fmt: skip
+    if not cpu:
+        record["long"] = {"length": args.long_length, "batch": args.long_batch}
+        record["long"]["tokens_per_second"] = {}
+    curves = {}
+    for name in args.kdas.split(","):
+        torch.use_deterministic_algorithms(not cpu, warn_only=True)
+        curves[name], rate, first = train(args, name, args.steps)
+        record["tokens_per_second"][name] = round(rate)
+        record["first_step_seconds"][name] = round(first, 3)
+        record["losses"][name] = [round(x, 5) for x in curves[name]]
+        for a, b in (("flash_kda", "naive"), ("naive", "naive64"), ("flash_kda", "fla")):
+            if name in (a, b) and a in curves and b in curves:
+                record["distance"][f"{a}_{b}"] = distance(curves[a], curves[b])
+        if name == "flash_kda":
+            resumed = train_in_two(args)
+            apart = max(abs(x - y) for x, y in zip(resumed, curves[name]))
+            record["distance"]["resumed"] = apart
+        if not cpu and not name.startswith("naive"):
+            torch.use_deterministic_algorithms(False)
+            long = argparse.Namespace(**vars(args))
+            long.length, long.batch = args.long_length, args.long_batch
+            record["long"]["tokens_per_second"][name] = round(train(long, name, 12)[1])
+        if args.json:  # what there is so far: the last may tune its kernels for minutes
+            with open(args.json, "w") as file:
+                json.dump(record, file, indent=1)
+    long = record.get("long", {}).get("tokens_per_second", {})
     for name, value in record["tokens_per_second"].items():
-        print(f"{name:10s} {value:8d} tokens/s   last loss {curves[name][-1]:.4f}")
-    d = record["distance"]
-    print(f"curves apart: ours and naive {d['flash_kda_naive']:.4f}, naive and naive64 {d['naive_naive64']:.4f}; "
-          f"resumed and one run {d['resumed']:.2g}")  # fmt: skip
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=1)
+        more = f", {long[name]} of {args.long_length} tokens" if name in long else ""
+        print(f"{name:10s} {value:8d} tokens/s{more}   last loss {curves[name][-1]:.4f}")
+    for pair, value in record["distance"].items():
+        print(f"curves apart: {pair} {value:.4g}")
     if args.plot:
         plot(record, args.plot)
+
+
+def train_in_two(args):
+    """The losses of a run that is saved half way and resumed."""
+    half, path = args.steps // 2, args.save or "train-half.pt"
+    losses = train(args, "flash_kda", half, save=path)[0]
+    losses += train(args, "flash_kda", args.steps, resume=path)[0]
+    if not args.save:
+        os.unlink(path)
+    return losses
 
 
 def plot(record, path):
@@ -302,33 +342,54 @@ def commit():
     return done.stdout.strip() or None
 
 
+# What the options are by default.
+SIZES = {
+    "cpu": dict(dim=128, heads=2, head_dim=64, length=256, batch=4, bf16=False),
+    "cuda": dict(dim=512, heads=4, head_dim=128, length=256, batch=8, bf16=True, lr=1e-3),
+}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--kda", choices=["flash_kda", "naive", "naive64", "fla"], default="flash_kda"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="autocast to bfloat16; on a GPU the kernels take nothing else",
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=4, help="every fourth is full attention")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dim", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--length", type=int, help="tokens a sequence")
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--save", help="write model and optimizer at the end")
     parser.add_argument("--resume", help="start from what --save wrote")
     parser.add_argument(
         "--compare", action="store_true", help="every implementation, and a resumed run"
     )
+    parser.add_argument("--kdas", help="with --compare: which, comma-separated")
+    parser.add_argument("--long-length", type=int, default=4096, help="with --compare on a GPU")
+    parser.add_argument("--long-batch", type=int, default=4, help="with --compare on a GPU")
     parser.add_argument("--json", help="with --compare: write curves and rates")
     parser.add_argument("--plot", help="with --compare: draw the curves (matplotlib)")
+    device = parser.parse_known_args(arguments)[0].device.split(":")[0]
+    parser.set_defaults(**SIZES["cpu" if device == "cpu" else "cuda"])
     args = parser.parse_args(arguments)
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the same bits again
+    if not args.kdas:
+        fla = device != "cpu" and importlib.util.find_spec("fla")
+        args.kdas = "flash_kda,naive,naive64" + (",fla" if fla else "")
     if args.compare:
         return compare(args)
-    losses, rate = train(args, args.kda, args.steps, args.resume, args.save)
+    losses, rate, _ = train(args, args.kda, args.steps, args.resume, args.save)
     print(f"{rate:.0f} tokens/s")
     return losses
 

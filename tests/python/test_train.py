@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import pytest
+from problems import why_no_cuda
 
 path = pathlib.Path(__file__).parents[2] / "examples" / "train.py"
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's rms_norm under autocast
@@ -39,3 +40,20 @@ def test_compare(tmp_path, capsys):
     assert distance["flash_kda_naive"] < 1e-3 and distance["naive_naive64"] < 1e-3
     assert record["losses"]["naive"][0] == pytest.approx(record["losses"]["flash_kda"][0], abs=1e-4)
     assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(why_no_cuda()), reason=why_no_cuda())
+def test_compare_on_cuda(tmp_path):
+    """In bfloat16, on the gradients' kernels: the curve of the recurrence, and of a run stopped half way."""
+    record = tmp_path / "record.json"
+    sizes = (
+        "--dim 128 --heads 2 --head-dim 64 --length 80 --batch 4 --long-length 256 --long-batch 2"
+    )
+    arguments = ["--device", "cuda", *sizes.split(), "--steps", "16", "--kdas", "flash_kda,naive"]
+    train.main([*arguments, "--compare", "--json", str(record), "--save", str(tmp_path / "run.pt")])
+    record = json.loads(record.read_text())
+    losses = record["losses"]["flash_kda"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert record["distance"]["flash_kda_naive"] < 0.03 * losses[0]
+    assert record["distance"]["resumed"] < 1e-3
+    assert record["long"]["tokens_per_second"]["flash_kda"] > 0

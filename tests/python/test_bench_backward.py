@@ -1,0 +1,79 @@
+"""bench/backward.py as it runs on a GPU, on the CPU's clock with sizes of no interest."""
+
+import importlib.util
+import json
+import pathlib
+import types
+
+import flash_kda
+import pytest
+import torch
+from flash_kda import bench
+
+path = pathlib.Path(__file__).parents[2] / "bench" / "backward.py"
+spec = importlib.util.spec_from_file_location("bench_backward", path)
+assert spec and spec.loader
+backward = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(backward)
+
+SHAPES = [
+    bench.Shape("T70_H2", (70,), 2, D=32),
+    bench.Shape("ragged_H2", (33, 0, 20), 2, D=32),
+]
+
+
+def stand_in(
+    q, k, v, g, beta, initial_state=None, state_v_first=False, use_gate_in_kernel=False,
+    use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False, safe_gate=False, **options,
+):  # fmt: skip
+    """FLA's chunk_kda, as good as ours but for the gradient by v."""
+    assert state_v_first and safe_gate and options["dt_bias"].ndim == 1
+    out, final = flash_kda.chunk_kda(
+        q, k, 1.01 * v, g, beta, initial_state=initial_state, state_v_first=True,
+        use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        **options,
+    )  # fmt: skip
+    return out, final
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setattr(backward, "PEER_ROWS", ("T70_H2",))
+    monkeypatch.setattr(bench, "load_fla", lambda: (stand_in, None, "0.0"))
+
+    def run(**options):
+        file = tmp_path / "record.json"
+        options = dict(
+            gates=["weak", "strong"], seconds=0.001, json=file, compare=True, no_prewarm=True,
+            peers_budget=100, commit="abc", note="", backend=[], **options,
+        )  # fmt: skip
+        training = backward.run(bench.HostClock(torch), SHAPES, types.SimpleNamespace(**options))
+        return training, json.loads(file.read_text())
+
+    return run
+
+
+def test_rows(run):
+    training, record = run()
+    assert training.failures == []
+    assert [(row["name"], row["gate"]) for row in record["rows"]] == [
+        (shape.name, gate) for shape in SHAPES for gate in ("weak", "strong")
+    ]
+    for row in record["rows"]:
+        assert row["op"] == "backward" and row["backend"] == row["forward_backend"]
+        assert min(row["ms"], row["forward_ms"], row["backward_ms"], row["floor_ms"]) > 0
+        assert row["workspace_bytes"] > 0
+        found = row["errors"]
+        assert set(found) == {f"d_{name}" for name in (*backward.NAMES, "initial_state")}
+        assert all(0 < x < 5e-3 for x in found.values())
+        assert row["error_o"] == max(found[f"d_{name}"] for name in "q k v g beta".split())
+        assert ("fla" in row["peers_ms"]) == (row["name"] == "T70_H2")
+    theirs, ours = record["rows"][0]["peers_errors"]["fla"], record["rows"][0]["errors"]
+    assert theirs["d_v"] > 2 * ours["d_v"] and theirs["d_q"] > 2 * ours["d_q"]
+    assert record["versions"]["fla-core"] == "0.0"
+
+
+def test_errors_that_are_too_large_are_reported(run, monkeypatch):
+    monkeypatch.setattr(bench, "ERROR_LIMIT", 1e-9)
+    training, _ = run()
+    assert any("T70_H2  weak" in text and "d_q" in text for text in training.failures)
