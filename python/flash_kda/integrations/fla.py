@@ -7,7 +7,7 @@ K = V = 128, HV = H, gate, norms and sigmoid in the kernel, a lower bound, V-fir
     flash_kda.integrations.fla.register()
 
 makes it use flash_kda.chunk_kda and flash_kda.fused_recurrent_kda for everything that these support; the
-rest, context parallelism and training on a GPU included, stays where it was. FLA_FLASH_KDA=0 switches both off.
+rest, context parallelism included, stays where it was. FLA_FLASH_KDA=0 switches both off.
 """
 
 import functools

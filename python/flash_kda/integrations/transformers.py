@@ -12,7 +12,7 @@ replaces what a linear attention layer calls:
     causal_conv1d_fn                only for packed sequences, where no convolution kernel is installed
     the forget gate's forward       so that the gate is activated inside of the kernels
 
-What the kernels do not compute runs as it did before: gradients on a device that has no backward kernels,
+What the kernels do not compute runs as it did before: gradients that the device refuses,
 torch.export, devices other than CPU and CUDA, dtypes that a device refuses. On the CPU it is then
 transformers' PyTorch function, even where flash-linear-attention is installed, because its Triton kernels
 need a GPU.
