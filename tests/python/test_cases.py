@@ -84,7 +84,7 @@ def options_of(metadata):
     return options
 
 
-def run(library, tensors, metadata):
+def run(library, tensors, metadata, **more):
     """The call of the file. Returns {output: (before, after)}."""
     gold = {n[5:]: x for n, x in tensors.items() if n.startswith("gold.")}
     inputs = {n: x.copy() for n, x in tensors.items() if not n.startswith("gold.")}
@@ -114,7 +114,7 @@ def run(library, tensors, metadata):
         "lower_bound": float(metadata["lower_bound"]),
         "scale": float(metadata.get("scale", 0)) or None,
     }
-    options = options_of(metadata)
+    options = options_of(metadata) | more
     absent = {"A_log": None, "dt_bias": None}
     if op == "prefill":
         flash_kda.fwd(**{**absent, **given, **numbers, **options})

@@ -16,6 +16,7 @@ import test_serving
 import torch
 from problems import (
     DLPackOnly,
+    Numpy,
     TorchLike,
     cuda_backends,
     error,
@@ -98,6 +99,11 @@ def matches(call, expected):
 GRADIENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 
+def gradient_tolerance(x):
+    """A few sums may be off by more than many are in root mean square."""
+    return TOLERANCE if x.numel() >= 512 else 2 * TOLERANCE
+
+
 class Gradients(Call):
     """A backward on the device that can be made again and again; `p` is the problem of its prefill."""
 
@@ -160,7 +166,7 @@ class Gradients(Call):
     def check(self):
         gold = self.gold()
         for n, x in self.results().items():
-            assert error(x.cpu(), gold[n]) <= TOLERANCE, n
+            assert error(x.cpu(), gold[n]) <= gradient_tolerance(x), n
 
 
 # ---- against gold -------------------------------------------------------------------------------
@@ -284,6 +290,24 @@ SAMPLE = (
 )
 
 
+def operand_limits(tensors, metadata, keys):
+    """Of each gradient: three times the error of double precision from operands rounded to bf16, as in
+    tests/cases/verify.c; `keys`: of q and k too."""
+    rounded = {"v", "d_out", "initial_state", "d_final_state", *(("q", "k") if keys else ())}
+    gold = {n[5:]: x for n, x in tensors.items() if n.startswith("gold.")}
+    rng, sums, draws = np.random.default_rng(0), dict.fromkeys(gold, 0.0), 4
+    for _ in range(draws):
+        wide = {n: x if x.dtype.kind == "i" else x.astype(np.float64) for n, x in tensors.items()}
+        for n in rounded & wide.keys():
+            wide[n] *= 1 + 2**-9 * rng.uniform(-1, 1, wide[n].shape)
+        result = table.run(Numpy, wide, metadata, backend="reference")
+        for n, (_, x) in result.items():
+            good = np.isfinite(gold[n]) & np.isfinite(x)
+            power = float((gold[n][good] ** 2).sum())
+            sums[n] += float(((x - gold[n])[good] ** 2).sum()) / power if power else 0.0
+    return {n: 3 * (x / draws) ** 0.5 for n, x in sums.items()}
+
+
 @pytest.mark.skipif(not table.TOOL, reason="set FLASHKDA_TOOL to the command line `flashkda`")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_case(name, tmp_path):
@@ -299,10 +323,13 @@ def test_case(name, tmp_path):
     for array in library.fetch():
         assert any(array is x for x in outputs), "an input changed"
     limit = DECODE_TOLERANCE if metadata["op"] == "decode" else TOLERANCE
-    if 2 in table.CASES[name]["numbers"][:1]:
+    collinear = 2 in table.CASES[name]["numbers"][:1]
+    if collinear:
         limit = COLLINEAR_TOLERANCE
+    limits = operand_limits(tensors, metadata, not collinear) if "d_out" in tensors else {}
     for field, (before, after) in result.items():
-        table.judge(field, before, after, tensors[f"gold.{field}"], tensors["v"].dtype, limit=limit)
+        most = max(limit, limits.get(field, 0))
+        table.judge(field, before, after, tensors[f"gold.{field}"], tensors["v"].dtype, limit=most)
 
 
 # ---- memory: strided, misaligned, pools, untrusted contents -----------------------------------------
