@@ -142,19 +142,45 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       for (int i = 0; i < K / 2; ++i) most = fmaxf(most, fabsf(s[i]));
       seen = __float2bfloat162_rn(most);
     }
-    Checkpoints checkpoints(p);
-    const auto put = [&](const fkda_states &to, int64_t offset) {
-      Rows::store(s, to, p.layout, offset, first_column());
+    /* Tokens that are left, and how many will be where a checkpoint is next to be thought of: so counted, one comparison
+     * tells an ordinary chunk. */
+    int left = task.length, left_at_next = left - Checkpoints(p).next;
+    const auto visit = [&](int left_now) {
+      Checkpoints checkpoints(p);
+      checkpoints.next = task.length - left_at_next;
+      checkpoints.visit(p, task, task.length - left_now, left_now == 0,
+                        [&](const fkda_states &to, int64_t offset) {
+                          Rows::store(s, to, p.layout, offset, first_column());
+                        });
+      left_at_next = task.length - checkpoints.next;
     };
 
+    /* The last of a chunk: places given back, S decayed to the chunk's end. */
+    const auto finish = [&](const Ring<S::SLOTS / 2> &in, bool huge) {
+      const typename Shared<S>::Handover &f = shared.handover[in.stage];
+      arrive_warp(shared.slot_free[ring.stage]);
+      decay_state<K>(s, f.to_end, fresh_lane());
+      if (huge) scale_in_place(s, 0x1p96f);
+      arrive_warp(shared.handover_free[in.stage]);
+      left -= CHUNK;
+      ring.next();
+    };
+
+    /* What seldom happens to a chunk stands behind the loop over ordinary ones: a jump across it would make each
+     * of them wait for instructions. */
 #pragma unroll 1
-    for (int chunk = 0;; ++chunk, ring.next()) {
-      const int done = chunk < task.chunks ? chunk * CHUNK : task.length;
-      if (checkpoints.due(done, chunk == task.chunks))
-        checkpoints.visit(p, task, done, chunk == task.chunks, put);
-      if (chunk == task.chunks) break;
+    for (;;) {
+      if (left <= 0 || left <= left_at_next) {
+        visit(left > 0 ? left : 0);
+        if (left <= 0) break;
+      }
+      uint32_t u[8];
+      bool huge, halfway, rare;
+      Ring<S::SLOTS / 2> in;
+#pragma unroll 1
+      do {
       const int lane = fresh_lane();
-      Ring<S::SLOTS / 2> in = half_of(ring);
+      in = half_of(ring);
       in.stage = uniform(in.stage);
       const typename Shared<S>::Handover &f = shared.handover[in.stage];
       const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
@@ -183,7 +209,6 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
 
       /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
       uint32_t w[8], w_low[8];
-      int left;
       const auto load_v = [&](int i) {
         cute::SM75_U16x8_LDSM_T::copy(
             *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
@@ -201,7 +226,6 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
             seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
       };
       wait(shared.value_full[in.stage], in.parity);
-      left = (int)load_shared(address(&task.length)) - done; /* no earlier: it has no register */
       load_v(0);
       if (S::STATE_GROUPS == 1) load_v(1);
       if (S::STATE_GROUPS ==
@@ -240,7 +264,6 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
      * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
      * remember it, and look at W. */
-      bool huge;
       if (S::STATE_GROUPS == 1) {
         huge = __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
       } else {
@@ -258,14 +281,12 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         scale_in_place(o, 0x1p-96f);
         scale_in_place(s, 0x1p-96f);
       }
-      uint32_t u[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
       /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
        * decayed to the end of each half before it takes U of it. */
       const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
-      const bool halfway =
-          by_levels() || (checkpoints.next == done + HALF && done + HALF < task.length);
+      halfway = by_levels() || (left_at_next == left - HALF && left > HALF);
       if (by_levels()) decay_in_place<K>(s, f.first_half);
       uint32_t u_second[4];
 #pragma unroll
@@ -325,56 +346,61 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       arrive_warp(shared.value_out[in.stage]);
       cute::warpgroup_wait<0>();
       fence(s);
-      if (guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2) {
-        const uint32_t again =
-            address(shared.slots[uniform(ring.stage)]); /* not worth a register until here */
-        rest_of_keys<S>(p, task, done, again);
-        const uint64_t rest_first = tile_descriptor(again + SLICE_K, S::SLICE);
+      const bool parallel =
+          guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2;
+      rare = huge || halfway || parallel;
+      if (rare) break;
+      finish(in, false);
+      } while (left > 0 && left > left_at_next);
+      if (!rare) continue;
+
+      const typename Shared<S>::Handover &f = shared.handover[in.stage];
+      const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
+      const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+      const bool parallel = f.guard < 0 && !by_levels() && f.collinear == 2;
+      uint32_t second[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
+      if (parallel) {
+        rest_of_keys<S>(p, task, task.length - left, slot);
+        const uint64_t rest = tile_descriptor(slot + SLICE_K, S::SLICE);
+        uint32_t u_second[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
         fence(u);
         fence(u_second);
         fence(s);
         cute::warpgroup_arrive();
-        multiply<Major::MN>(s, u, rest_first, true);
-        multiply<Major::MN>(s, u_second, rest_first + HALF * 128 / 16, true);
+        multiply<Major::MN>(s, u, rest, true);
+        multiply<Major::MN>(s, u_second, rest + HALF * 128 / 16, true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence(s);
       }
       if (halfway) {
-        if (checkpoints.due(done + HALF, false) && done + HALF < task.length) {
+        if (left_at_next == left - HALF && left > HALF) {
           const float factor = (huge ? 0x1p96f : 1.0f) * (by_levels() ? 1.0f : exp2_approx(SHIFT));
           scale_in_place(s, factor);
-          checkpoints.visit(p, task, done + HALF, false, put);
+          visit(left - HALF);
           scale_in_place(s, 1 / factor);
         }
         if (by_levels()) decay_in_place<K>(s, f.second_half);
-        uint32_t second[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
         fence(second);
         fence(s);
         cute::warpgroup_arrive();
-        const uint32_t again =
-            address(shared.slots[uniform(ring.stage)]);
-        multiply<Major::MN>(s, second, tile_descriptor(again + SLICE_G + HALF * 128, S::SLICE),
-                            true);
+        multiply<Major::MN>(s, second, tile_descriptor(slot + SLICE_G + HALF * 128, S::SLICE), true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
-        if (guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2) {
+        if (parallel) {
           cute::warpgroup_arrive();
-          multiply<Major::MN>(s, second, tile_descriptor(again + SLICE_K + HALF * 128, S::SLICE),
+          multiply<Major::MN>(s, second, tile_descriptor(slot + SLICE_K + HALF * 128, S::SLICE),
                               true);
           cute::warpgroup_commit_batch();
           cute::warpgroup_wait<0>();
         }
         fence(s);
       }
-      arrive_warp(shared.slot_free[ring.stage]);
-      decay_state<K>(s, f.to_end, lane);
-      if (huge) scale_in_place(s, 0x1p96f);
-      arrive_warp(shared.handover_free[in.stage]);
+      finish(in, huge);
     }
   });
 }
