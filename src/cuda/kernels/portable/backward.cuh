@@ -108,8 +108,8 @@ __device__ __forceinline__ int64_t first_block(const fkda_problem &p, const fkda
 
 struct Block {
   fkda_span span;
-  int64_t t;   /* its first token in the sequence */
-  int tokens;  /* of the sequence, from there on, at most BLOCK_TOKENS */
+  int64_t t;  /* its first token in the sequence */
+  int tokens; /* of the sequence, from there on, at most BLOCK_TOKENS */
 };
 
 /* Numbers of blocks and heads fit 32 bits, and are divided as such: a 64-bit division is a hundred instructions. */

@@ -58,7 +58,8 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const FactorsShared<K>
   const bf16 *rows = job.square == 2 ? (job.of_q ? s.q_late : s.k_late)
                                      : (job.of_q ? s.q_row : s.k_row) + job.square * 16 * K;
   const bf16 *columns = job.square == 2 ? s.k_early : s.k_column + job.square * 16 * K;
-  const int b_at = (lane >> 4) * SQUARE + (2 * job.half + (lane >> 3 & 1)) * MATRIX + (lane & 7) * 8;
+  const int b_at =
+      (lane >> 4) * SQUARE + (2 * job.half + (lane >> 3 & 1)) * MATRIX + (lane & 7) * 8;
   float odd[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int k = 0; k < K / 16; k += 2) {
@@ -153,8 +154,8 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
           k[b][c] = load_pair(k_from + at * p.k.stride_t + channel, x.aligned_k);
           const int64_t g_at = g_from + at * p.g.stride_t + channel;
           if (g_is_f32 && x.aligned_g) {
-            const float2 pair =
-                __ldg(reinterpret_cast<const float2 *>(static_cast<const float *>(p.g.data) + g_at));
+            const float2 pair = __ldg(
+                reinterpret_cast<const float2 *>(static_cast<const float *>(p.g.data) + g_at));
             g[b][c][0] = pair.x, g[b][c][1] = pair.y;
           } else if (g_is_f32) {
             g[b][c][0] = __ldg(static_cast<const float *>(p.g.data) + g_at);
@@ -183,7 +184,8 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
       k2 += __shfl_xor_sync(0xffffffffu, k2, width);
       q2 += __shfl_xor_sync(0xffffffffu, q2, width);
     }
-    if ((lane & 3) == 0) s.squares[0][warp][8 * b + token] = k2, s.squares[1][warp][8 * b + token] = q2;
+    if ((lane & 3) == 0)
+      s.squares[0][warp][8 * b + token] = k2, s.squares[1][warp][8 * b + token] = q2;
   }
 
   /* (2), then its running sums over tokens; ends: G after each eight tokens */
@@ -194,10 +196,9 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
     for (int c = 0; c < C; ++c)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float bias =
-            p.dt_bias.data ? load_float(p.dt_bias.data, p.dt_bias.dtype,
-                                        (int64_t)head * K + first + 8 * c + e)
-                           : 0.0f;
+        const float bias = p.dt_bias.data ? load_float(p.dt_bias.data, p.dt_bias.dtype,
+                                                       (int64_t)head * K + first + 8 * c + e)
+                                          : 0.0f;
         const Gate gate(p, p.gate, exp_A, bias);
         float carry = 0;
 #pragma unroll
@@ -236,7 +237,8 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
     const float norm_k =
         p.l2norm ? rsqrtf(squares_of(s.squares[0], i) + (float)FKDA_L2NORM_EPS) : 1;
     const float norm_q =
-        (float)p.scale * (p.l2norm ? rsqrtf(squares_of(s.squares[1], i) + (float)FKDA_L2NORM_EPS) : 1);
+        (float)p.scale *
+        (p.l2norm ? rsqrtf(squares_of(s.squares[1], i) + (float)FKDA_L2NORM_EPS) : 1);
     float beta = 0;
     if (i < tokens) {
       beta = load_float(p.beta.data, p.beta.dtype, row_of(p.beta, block.span, t + i, head));
@@ -267,9 +269,8 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
       const float k0 = low_of(k[b][c]), k1 = high_of(k[b][c]);
       const float q0 = low_of(q[b][c]), q1 = high_of(q[b][c]);
       const float norm_q =
-          (float)p.scale * (p.l2norm ? rsqrtf(squares_of(s.squares[1], 8 * b + token) +
-                                              (float)FKDA_L2NORM_EPS)
-                                     : 1);
+          (float)p.scale *
+          (p.l2norm ? rsqrtf(squares_of(s.squares[1], 8 * b + token) + (float)FKDA_L2NORM_EPS) : 1);
       const float(&G)[2] = g[b][c];
       float start[2], end[2], middle[2]; /* e^G, e^{G_C - G}, and against the chunk's middle */
       if (!by_levels) {
@@ -387,10 +388,11 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
 }  // namespace
 }  // namespace fkda
 
-#define FKDA_ENTRY(K)                                                                             \
-  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_FACTORS_THREADS, 2)                  \
-      fkda_portable_backward_factors_k##K(const __grid_constant__ fkda_portable_backward_params x) { \
-    __shared__ __align__(16) fkda::FactorsShared<K> shared;                                       \
-    fkda::make_factors<K>(x, shared);                                                             \
+#define FKDA_ENTRY(K)                                                                              \
+  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_FACTORS_THREADS, 2)                   \
+      fkda_portable_backward_factors_k##K(                                                         \
+          const __grid_constant__ fkda_portable_backward_params x) {                               \
+    __shared__ __align__(16) fkda::FactorsShared<K> shared;                                        \
+    fkda::make_factors<K>(x, shared);                                                              \
   }
 FKDA_BACKWARD_BY_K(FKDA_ENTRY)

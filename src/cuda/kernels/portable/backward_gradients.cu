@@ -30,7 +30,8 @@ struct GradientsShared {
     struct {
       bf16 d_out[BLOCK_TOKENS * V], E[BLOCK_TOKENS * V], dW[BLOCK_TOKENS * V];
     };
-    struct { /* operands over the middle of the block: of the first half's keys, of the second half's q and k */
+    struct
+    { /* operands over the middle of the block: of the first half's keys, of the second half's q and k */
       uint4 columns[COLUMNS][SQUARES][32], rows[COLUMNS][2][SQUARES][32];
     };
   };
@@ -57,6 +58,7 @@ struct GradientsShared {
   float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
   Block block;
   int row, head;
+  uint32_t zero; /* a number that the compiler does not know */
 };
 /* Rows of a gradient on their way out, over everything from q on. */
 template <int K>
@@ -65,8 +67,8 @@ constexpr int OUT_PITCH = K + 4;
 __device__ __forceinline__ constexpr int lower_square(int i, int j) { return i * (i + 1) / 2 + j; }
 
 /* (20): dg becomes the gradient by the raw gate; returns what A_log gets. */
-__device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, float bias, float exp_A,
-                                           float &dg) {
+__device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, float bias,
+                                           float exp_A, float &dg) {
   const float y = raw + bias;
   if (p.gate == FKDA_GATE_BOUNDED) {
     const float z = exp_A * y, e = exp2_approx(-LOG2E * fabsf(z)), r = reciprocal(1 + e);
@@ -95,23 +97,21 @@ struct Gradients {
   /* Accumulators, as all arrays [TILES][4]: tile n, i: token 32 half + 8 n + 2 (lane % 4) + i % 2, channel
    * 16 warp + lane / 4 + 8 (i / 2). */
   float q[TILES][4], k[TILES][4]; /* dq, dk */
-  float D[TILES][4];                                  /* what is summed over i >= t in (28) */
+  float D[TILES][4];              /* what is summed over i >= t in (28) */
   float G[TILES][4];
-  float overlap[2];                                   /* sum_v S dS, in parts */
+  float overlap[2]; /* sum_v S dS, in parts */
 
   __device__ __forceinline__ Gradients(const Backward &x, Shared &s)
-      : x(x),
-        p(x.problem),
-        s(s),
-        block(s.block) {
+      : x(x), p(x.problem), s(s), block(s.block) {
     refresh();
   }
   /* At the beginning of each part: or the compiler holds its addresses in registers from the start. */
   __device__ __forceinline__ void refresh() {
-    const int thread = fresh(threadIdx.x);
-    half = thread / 32 / COLUMNS, warp = thread / 32 % COLUMNS, lane = thread & 31;
+    const uint32_t thread = threadIdx.x + opaque_zero();
+    half = thread / 32 / COLUMNS, warp = thread / 32 % COLUMNS, lane = thread % 32;
   }
-  __device__ __forceinline__ void load_square(uint32_t (&r)[4], const bf16 *tile, int square) const {
+  __device__ __forceinline__ void load_square(uint32_t (&r)[4], const bf16 *tile,
+                                              int square) const {
     load_matrices(r, tile + square * SQUARE + lane * 8);
   }
   __device__ __forceinline__ void load_square_transposed(uint32_t (&r)[4], const bf16 *tile,
@@ -121,7 +121,10 @@ struct Gradients {
 
   /* True; but the compiler cannot know, and does not begin with what follows before. It otherwise computes all
    * exponentials first, for which there are no registers. */
-  __device__ __forceinline__ bool in_turn() const { return x.stages > 0; }
+  __device__ __forceinline__ bool in_turn() const { return opaque_zero() == 0; }
+  __device__ __forceinline__ uint32_t opaque_zero() const {
+    return *const_cast<const volatile uint32_t *>(&s.zero);
+  }
 
   __device__ __forceinline__ int head() const { return s.head; }
   __device__ __forceinline__ int64_t row() const { return s.row; }
@@ -137,9 +140,11 @@ struct Gradients {
   }
 
   __device__ __forceinline__ void load() {
-    load_tile<BLOCK_TOKENS, K, THREADS>(s.q, p.q, row_of(p.q, block.span, block.t, qk_head_of(p, head())),
+    load_tile<BLOCK_TOKENS, K, THREADS>(s.q, p.q,
+                                        row_of(p.q, block.span, block.t, qk_head_of(p, head())),
                                         block.tokens, x.aligned_q);
-    load_tile<BLOCK_TOKENS, K, THREADS>(s.k, p.k, row_of(p.k, block.span, block.t, qk_head_of(p, head())),
+    load_tile<BLOCK_TOKENS, K, THREADS>(s.k, p.k,
+                                        row_of(p.k, block.span, block.t, qk_head_of(p, head())),
                                         block.tokens, x.aligned_k);
     load_tile<BLOCK_TOKENS, V, THREADS>(s.d_out, p.d_out,
                                         row_of(p.d_out, block.span, block.t, head()), block.tokens,
@@ -155,10 +160,8 @@ struct Gradients {
     if (threadIdx.x < BLOCK_TOKENS) {
       const char *record = w.record(row(), head(), threadIdx.x / STEP);
       const int i = threadIdx.x % STEP;
-      s.norm_k[threadIdx.x] =
-          reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
-      s.norm_q[threadIdx.x] =
-          reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K))[i];
+      s.norm_k[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
+      s.norm_q[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K))[i];
       s.beta[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K))[i];
     }
   }
@@ -225,8 +228,8 @@ struct Gradients {
       if (v / (V / 32) == half)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          overlap[i & 1] = fmaf(low_of(a[i]), low_of(d[i]),
-                                fmaf(high_of(a[i]), high_of(d[i]), overlap[i & 1]));
+          overlap[i & 1] =
+              fmaf(low_of(a[i]), low_of(d[i]), fmaf(high_of(a[i]), high_of(d[i]), overlap[i & 1]));
 #pragma unroll
       for (int i = 0; i < SQUARES; ++i) {
         const int square = (SQUARES * half + i) * (V / 16) + v;
@@ -336,39 +339,45 @@ struct Gradients {
                       overlap[1] * exp2_approx(a[1]) * other[1]};
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-      if (!in_turn()) break;
       uint32_t raw[4];
       float e[4];
-      load_raw(raw, s.k, n / 2);
-      const uint32_t k_raw[2] = {raw[n % 2 * 2], raw[n % 2 * 2 + 1]};
-      load_raw(raw, s.q, n / 2);
-      const uint32_t q_raw[2] = {raw[n % 2 * 2], raw[n % 2 * 2 + 1]};
-      const auto put = [&](uint4 *to, const uint32_t(&x)[2], const float(&e)[4]) {
+      const auto put = [&](uint4 *to, const float(&e)[4]) {
+        const uint32_t *x = &raw[n % 2 * 2];
         reinterpret_cast<uint2 *>(&to[n / 2 * 32 + lane])[n % 2] =
             make_uint2(pack(low_of(x[0]) * e[0], high_of(x[0]) * e[1]),
                        pack(low_of(x[1]) * e[2], high_of(x[1]) * e[3]));
       };
+      const auto element = [&](int i) {
+        const uint32_t x = raw[n % 2 * 2 + (i >> 1)];
+        return i & 1 ? high_of(x) : low_of(x);
+      };
+      if (!in_turn()) break;
+      load_raw(raw, s.k, n / 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) e[i] = exp2_approx(a[i >> 1] - G[n][i]);
-      if (!HALF) put(s.columns[warp][0], k_raw, e);
+      if (!HALF) put(s.columns[warp][0], e);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = i & 1 ? high_of(k_raw[i >> 1]) : low_of(k_raw[i >> 1]);
         k[n][i] = early[n][i] * (HALF ? e[i] : e[i] * other[i >> 1]);
-        D[n][i] = -x * k[n][i];
+        D[n][i] = -element(i) * k[n][i];
         total[i >> 1] -= D[n][i];
       }
+      if (!in_turn()) break;
 #pragma unroll
       for (int i = 0; i < 4; ++i) e[i] = exp2_approx(G[n][i]);
-      if (HALF) put(s.rows[warp][1][0], k_raw, e), put(s.rows[warp][0][0], q_raw, e);
+      if (HALF) put(s.rows[warp][1][0], e);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = i & 1 ? high_of(k_raw[i >> 1]) : low_of(k_raw[i >> 1]);
-        const float x_q = i & 1 ? high_of(q_raw[i >> 1]) : low_of(q_raw[i >> 1]);
-        const float y = HALF ? e[i] * other[i >> 1] : e[i];
-        q[n][i] *= y;
-        k[n][i] = fmaf(late[n][i], y, k[n][i]);
-        D[n][i] = fmaf(x_q, q[n][i], fmaf(x * late[n][i], y, D[n][i]));
+        const float y = late[n][i] * (HALF ? e[i] * other[i >> 1] : e[i]);
+        k[n][i] += y;
+        D[n][i] = fmaf(element(i), y, D[n][i]);
+      }
+      load_raw(raw, s.q, n / 2);
+      if (HALF) put(s.rows[warp][0][0], e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        q[n][i] *= HALF ? e[i] * other[i >> 1] : e[i];
+        D[n][i] = fmaf(element(i), q[n][i], D[n][i]);
       }
     }
 #pragma unroll
@@ -578,7 +587,7 @@ struct Gradients {
       by_levels<1>();
     } else {
       level<0, 0>(0);
-      level<1, 1>(2);
+      if (in_turn()) level<1, 1>(2);
     }
   }
 
@@ -621,7 +630,8 @@ struct Gradients {
             along_k[e] = fmaf(k1, dk, along_k[e]);
           }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) along[2 * tile + e] = along_q[e], along[8 + 2 * tile + e] = along_k[e];
+        for (int e = 0; e < 2; ++e)
+          along[2 * tile + e] = along_q[e], along[8 + 2 * tile + e] = along_k[e];
       }
     }
     if (half) /* for the other half's sums in (28) */
@@ -715,8 +725,9 @@ struct Gradients {
     for (int width = 16; width; width /= 2) sum_A += __shfl_xor_sync(0xffffffffu, sum_A, width);
     if (lane == 0) s.sum_A[COLUMNS * half + warp] = sum_A;
     __syncthreads();
-    if (threadIdx.x < K) sums[threadIdx.x] = s.sum_bias[0][threadIdx.x] + s.sum_bias[1][threadIdx.x];
-    if (threadIdx.x == 0) {
+    const uint32_t thread = threadIdx.x + opaque_zero();
+    if (thread < K) sums[thread] = s.sum_bias[0][thread] + s.sum_bias[1][thread];
+    if (thread == 0) {
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < WARPS; ++i) sum += s.sum_A[i];
@@ -725,8 +736,8 @@ struct Gradients {
   }
 
   /* Rows of a gradient by way of shared memory: to the tensor, or with `part` to the workspace [64][K]. All threads. */
-  __device__ __forceinline__ void store(const float (&y)[TILES][4], const fkda_rows &to, int of_head,
-                                        bool aligned, float *part) {
+  __device__ __forceinline__ void store(const float (&y)[TILES][4], const fkda_rows &to,
+                                        int of_head, bool aligned, float *part) {
     float *out = reinterpret_cast<float *>(&s);
     static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, P), "rows");
     if (!to.data) return;
@@ -736,7 +747,8 @@ struct Gradients {
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        out[(STEP * half + 8 * n + 2 * (lane & 3) + (e & 1)) * OUT_PITCH<K> + channel(e >> 1)] = y[n][e];
+        out[(STEP * half + 8 * n + 2 * (lane & 3) + (e & 1)) * OUT_PITCH<K> + channel(e >> 1)] =
+            y[n][e];
     __syncthreads();
     const int64_t first = row_of(to, block.span, block.t, of_head);
 #pragma unroll 1
@@ -774,9 +786,10 @@ struct Gradients {
   }
 
   __device__ __forceinline__ void store_beta() const {
-    if (!p.d_beta.data || threadIdx.x >= block.tokens) return;
-    const int64_t t = block.t + threadIdx.x;
-    float d = s.d_beta[threadIdx.x];
+    const uint32_t token = threadIdx.x + opaque_zero();
+    if (!p.d_beta.data || token >= block.tokens) return;
+    const int64_t t = block.t + token;
+    float d = s.d_beta[token];
     if (p.beta_is_logit) {
       const float y = load_float(p.beta.data, p.beta.dtype, row_of(p.beta, block.span, t, head()));
       const float e = exp2_approx(-LOG2E * fabsf(y)), r = reciprocal(1 + e);
@@ -796,7 +809,8 @@ struct Gradients {
     cute::cp_async_wait<0>();
     const bool levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
     weigh_pairs();
-    float late[TILES][4], early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
+    float late[TILES][4],
+        early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
     meet_states(late, early);
     __syncthreads(); /* the pairs' weights are there */
     store_beta();
@@ -831,11 +845,13 @@ __device__ __forceinline__ void gradients(const Backward &x) {
   Block block;
   if (!find_block(p, row, block)) { /* nobody's: nothing to add */
     const Workspace<K> w(x);
-    float *sums = reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row, w.heads, head));
+    float *sums =
+        reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row, w.heads, head));
     for (int i = threadIdx.x; i <= K; i += FKDA_BACKWARD_GRADIENTS_THREADS(K)) sums[i] = 0;
     return;
   }
-  if (threadIdx.x == 0) shared.block = block, shared.row = (int)row, shared.head = head;
+  if (threadIdx.x == 0)
+    shared.block = block, shared.row = (int)row, shared.head = head, shared.zero = 0;
   __syncthreads();
   Gradients<K, V>(x, shared).run();
 }
@@ -843,10 +859,10 @@ __device__ __forceinline__ void gradients(const Backward &x) {
 }  // namespace
 }  // namespace fkda
 
-#define FKDA_ENTRY(K, V)                                                                         \
-  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_GRADIENTS_THREADS(K), 1)            \
-      fkda_portable_backward_gradients_k##K##_v##V(                                              \
-          const __grid_constant__ fkda_portable_backward_params x) {                            \
-    fkda::gradients<K, V>(x);                                                                    \
+#define FKDA_ENTRY(K, V)                                                                           \
+  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_GRADIENTS_THREADS(K), 1)              \
+      fkda_portable_backward_gradients_k##K##_v##V(                                                \
+          const __grid_constant__ fkda_portable_backward_params x) {                               \
+    fkda::gradients<K, V>(x);                                                                      \
   }
 FKDA_BACKWARD_BY_K_V(FKDA_ENTRY)

@@ -71,11 +71,12 @@ __device__ __forceinline__ void add_group(const Backward &x) {
 
 #define FKDA_ENTRY(K)                                                                              \
   extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_REDUCE_THREADS(K))                    \
-      fkda_portable_backward_reduce_k##K(const __grid_constant__ fkda_portable_backward_params x) { \
+      fkda_portable_backward_reduce_k##K(                                                          \
+          const __grid_constant__ fkda_portable_backward_params x) {                               \
     fkda::reduce<K>(x);                                                                            \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_GROUP_THREADS)                        \
-      fkda_portable_backward_group_k##K(const __grid_constant__ fkda_portable_backward_params x) {  \
+      fkda_portable_backward_group_k##K(const __grid_constant__ fkda_portable_backward_params x) { \
     fkda::add_group<K>(x);                                                                         \
   }
 FKDA_BACKWARD_BY_K(FKDA_ENTRY)

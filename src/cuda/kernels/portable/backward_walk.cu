@@ -104,8 +104,8 @@ __device__ __forceinline__ void split_operand(uint32_t (&high)[2][4], uint32_t (
 
 /* y += w -Z^T, or y += w -Z: y and w are value rows x tokens. */
 template <bool TRANSPOSED>
-__device__ __forceinline__ void apply_Z(float (&y)[4][4], const float (&w)[4][4], const bf16 *Z_high,
-                                        const bf16 *Z_low) {
+__device__ __forceinline__ void apply_Z(float (&y)[4][4], const float (&w)[4][4],
+                                        const bf16 *Z_high, const bf16 *Z_low) {
   uint32_t high[2][4], low[2][4];
   split_operand(high, low, w);
   float rest[4][4];
@@ -319,8 +319,7 @@ struct Walker {
     if (p.d_v.data) {
       const int64_t t = (int64_t)chunk * STEP, left = walk.span.length - t;
       if (left > 0)
-        store_tokens(w, p.d_v,
-                     row_of(p.d_v, walk.span, t, walk.head) + walk.v_begin + 16 * warp,
+        store_tokens(w, p.d_v, row_of(p.d_v, walk.span, t, walk.head) + walk.v_begin + 16 * warp,
                      (int)(left < STEP ? left : STEP), x.aligned_d_v);
     }
   }
@@ -393,7 +392,7 @@ __device__ __forceinline__ void run_walk(const Backward &x) {
 #define FKDA_ENTRY(K, part)                                                                        \
   extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_WALK_THREADS(part), 1)                \
       fkda_portable_backward_walk_k##K##_v##part(                                                  \
-          const __grid_constant__ fkda_portable_backward_params x) {                              \
+          const __grid_constant__ fkda_portable_backward_params x) {                               \
     fkda::run_walk<K, part>(x);                                                                    \
   }
 FKDA_BACKWARD_BY_K_V(FKDA_ENTRY)
