@@ -29,13 +29,6 @@ struct FactorsShared {
   float norm_k[STEP], norm_q[STEP], beta[STEP];
 };
 
-/* Two neighbouring elements. */
-__device__ __forceinline__ uint32_t load_pair(const bf16 *from, bool aligned) {
-  if (aligned) return __ldg(reinterpret_cast<const unsigned int *>(from));
-  const uint16_t *x = reinterpret_cast<const uint16_t *>(from);
-  return __ldg(x) | (uint32_t)__ldg(x + 1) << 16;
-}
-
 __device__ __forceinline__ float squares_of(const float (&parts)[FACTOR_WARPS][STEP], int token) {
   return (parts[0][token] + parts[1][token]) + (parts[2][token] + parts[3][token]);
 }
@@ -117,6 +110,261 @@ __device__ __forceinline__ void solve(FactorsShared<K> &s, bf16 *Z_high, bf16 *Z
     }
 }
 
+/* A thread's elements: [b][c], token lane / 4 + 8 b, channels 2 (lane % 4) and + 1 of the warp's tile c of 8. */
+template <int K>
+struct Mine {
+  static constexpr int C = K / 32;
+  uint32_t q[4][C], k[4][C];
+  float g[4][C][2]; /* raw, then log2-decays, then their running sums */
+};
+
+/* Rows of pairs of channels; zeros beyond the sequence. Element: what a pair is. */
+template <int K, class Element, class Pair>
+__device__ __forceinline__ void load_pairs(Pair (&to)[4][K / 32], const fkda_rows &rows,
+                                           int64_t first, int tokens) {
+  const int lane = threadIdx.x & 31;
+  const Element *from = static_cast<const Element *>(rows.data) + first +
+                        (lane >> 2) * rows.stride_t + threadIdx.x / 32 * (K / 4) + 2 * (lane & 3);
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+#pragma unroll
+    for (int c = 0; c < K / 32; ++c) {
+      Pair pair = {};
+      if (8 * b + (lane >> 2) < tokens) pair = __ldg(reinterpret_cast<const Pair *>(from + 8 * c));
+      to[b][c] = pair;
+    }
+    from += 8 * rows.stride_t;
+  }
+}
+
+template <int K>
+__device__ __forceinline__ void load_elements(uint32_t (&to)[4][K / 32], const fkda_rows &rows,
+                                              int64_t first, int tokens) {
+  const int lane = threadIdx.x & 31;
+  first += threadIdx.x / 32 * (K / 4) + 2 * (lane & 3);
+#pragma unroll
+  for (int b = 0; b < 4; ++b)
+#pragma unroll
+    for (int c = 0; c < K / 32; ++c) {
+      const int token = 8 * b + (lane >> 2);
+      const uint16_t *at =
+          static_cast<const uint16_t *>(rows.data) + first + token * rows.stride_t + 8 * c;
+      to[b][c] = token < tokens ? __ldg(at) | (uint32_t)__ldg(at + 1) << 16 : 0;
+    }
+}
+
+template <int K>
+__device__ __forceinline__ void load_mine(Mine<K> &mine, const Backward &x, const fkda_span &span,
+                                          int64_t t, int tokens, int head) {
+  const fkda_problem &p = x.problem;
+  const int qk_head = qk_head_of(p, head);
+  const int64_t q = row_of(p.q, span, t, qk_head), k = row_of(p.k, span, t, qk_head);
+  const int64_t g = row_of(p.g, span, t, head);
+  constexpr int C = K / 32;
+  if (p.g.dtype == FKDA_F32) {
+    float2 raw[4][C];
+    if (x.aligned_g) {
+      load_pairs<K, float>(raw, p.g, g, tokens);
+    } else {
+      const int lane = threadIdx.x & 31;
+      const float *from =
+          static_cast<const float *>(p.g.data) + g + threadIdx.x / 32 * (K / 4) + 2 * (lane & 3);
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          const int token = 8 * b + (lane >> 2);
+          const float *at = from + token * p.g.stride_t + 8 * c;
+          raw[b][c] = token < tokens ? make_float2(__ldg(at), __ldg(at + 1)) : make_float2(0, 0);
+        }
+    }
+    if (x.aligned_q && x.aligned_k) {
+      load_pairs<K, bf16>(mine.k, p.k, k, tokens);
+      load_pairs<K, bf16>(mine.q, p.q, q, tokens);
+    } else {
+      load_elements<K>(mine.k, p.k, k, tokens);
+      load_elements<K>(mine.q, p.q, q, tokens);
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int c = 0; c < C; ++c) mine.g[b][c][0] = raw[b][c].x, mine.g[b][c][1] = raw[b][c].y;
+  } else {
+    uint32_t raw[4][C];
+    if (x.aligned_q && x.aligned_k && x.aligned_g) {
+      load_pairs<K, bf16>(raw, p.g, g, tokens);
+      load_pairs<K, bf16>(mine.k, p.k, k, tokens);
+      load_pairs<K, bf16>(mine.q, p.q, q, tokens);
+    } else {
+      load_elements<K>(raw, p.g, g, tokens);
+      load_elements<K>(mine.k, p.k, k, tokens);
+      load_elements<K>(mine.q, p.q, q, tokens);
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+        mine.g[b][c][0] = low_of(raw[b][c]), mine.g[b][c][1] = high_of(raw[b][c]);
+  }
+}
+
+/* (2), no decay beyond the sequence. */
+template <int MODE, int K>
+__device__ __forceinline__ void apply_gate(Mine<K> &mine, const fkda_problem &p, int tokens,
+                                           int head) {
+  const int lane = threadIdx.x & 31;
+  const float exp_A = exp_A_of(p, head);
+  float bias[K / 32][2];
+#pragma unroll
+  for (int c = 0; c < K / 32; ++c)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      bias[c][e] = p.dt_bias.data ? load_float(p.dt_bias.data, p.dt_bias.dtype,
+                                               (int64_t)head * K + threadIdx.x / 32 * (K / 4) +
+                                                   8 * c + 2 * (lane & 3) + e)
+                                  : 0.0f;
+#pragma unroll
+  for (int c = 0; c < K / 32; ++c)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const Gate gate(p, MODE, exp_A, bias[c][e]);
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const float y = gate.decay<MODE>(mine.g[b][c][e]);
+        mine.g[b][c][e] = 8 * b + (lane >> 2) < tokens ? y : 0;
+      }
+    }
+}
+
+/* G after each eight tokens. */
+template <int K>
+__device__ __forceinline__ void get_ends(float (&ends)[4], const Mine<K> &mine, int c, int e) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b)
+    ends[b] = __shfl_sync(0xffffffffu, mine.g[b][c][e], 28 | (threadIdx.x & 3));
+}
+
+__device__ __forceinline__ void put(bf16 *tile, int place, float a, float b) {
+  *reinterpret_cast<uint32_t *>(tile + place) = pack(a, b);
+}
+
+/* (8): tiles of the walks to the record, operands of the triangles to shared memory. LEVELS: those of the diagonal
+ * squares come later. */
+template <bool LEVELS, int K>
+__device__ __forceinline__ void make_tiles(const Mine<K> &mine, FactorsShared<K> &s, char *record,
+                                           const float (&norm_q)[4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  bf16 *const k_start = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_START(K));
+  bf16 *const k_end = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_END(K));
+  bf16 *const q_start = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Q_START(K));
+#pragma unroll
+  for (int c = 0; c < K / 32; ++c) {
+    const int column = warp * (K / 4) + 8 * c;
+    float ends[2][4], from_start[2][2], to_end[2][2], middle[2][2]; /* [e][first, second half] */
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      get_ends(ends[e], mine, c, e);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float m = ends[e][2 * h];
+        from_start[e][h] = exp2_approx(m);
+        to_end[e][h] = exp2_approx(ends[e][3] - m);
+        middle[e][h] = exp2_approx(h ? m - ends[e][1] : ends[e][1] - m);
+      }
+    }
+    if (lane < 4)
+      *reinterpret_cast<float2 *>(record + FKDA_BACKWARD_DECAY(K) + 4 * (column + 2 * lane)) =
+          make_float2(exp2_approx(ends[0][3]), exp2_approx(ends[1][3]));
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int place = tile_at<K>(8 * b, column) + lane * 2; /* of 32 tokens */
+      const int place16 = tile_at<K>(8 * (b & 1), column) + lane * 2;
+      const int h = b >> 1;
+      const float(&G)[2] = mine.g[b][c];
+      float start[2], end[2], late[2]; /* e^G, e^{G_C - G}, and against the chunk's middle */
+      const float k0 = low_of(mine.k[b][c]), k1 = high_of(mine.k[b][c]);
+      const float q0 = low_of(mine.q[b][c]), q1 = high_of(mine.q[b][c]);
+      if (!LEVELS) {
+        float after[2], before[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float d = G[e] - ends[e][2 * h];
+          after[e] = exp2_approx(d), before[e] = exp2_approx(-d);
+          start[e] = after[e] * from_start[e][h];
+          end[e] = before[e] * to_end[e][h];
+          late[e] = (h ? after[e] : before[e]) * middle[e][h];
+        }
+        put(s.k_row, place, k0 * after[0], k1 * after[1]);
+        put(s.q_row, place, q0 * after[0], q1 * after[1]);
+        put(s.k_column, place, k0 * before[0], k1 * before[1]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          start[e] = exp2_approx(G[e]);
+          end[e] = exp2_approx(ends[e][3] - G[e]);
+          late[e] = exp2_approx(h ? G[e] - ends[e][1] : ends[e][1] - G[e]);
+        }
+      }
+      put(k_start, place, k0 * start[0], k1 * start[1]);
+      put(k_end, place, k0 * end[0], k1 * end[1]);
+      put(q_start, place, q0 * start[0] * norm_q[b], q1 * start[1] * norm_q[b]);
+      put(h ? s.k_late : s.k_early, place16, k0 * late[0], k1 * late[1]);
+      if (h) put(s.q_late, place16, q0 * late[0], q1 * late[1]);
+    }
+  }
+}
+
+/* The diagonal squares level by level. Two rows i > j part at the highest bit in which they differ; the tokens that
+ * this bit splits have their anchor there. Width 0 is the diagonal. */
+template <int K>
+__device__ __forceinline__ void multiply_by_levels(float (&acc)[FACTOR_JOBS][4],
+                                                   const Mine<K> &mine, FactorsShared<K> &s) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, token = lane >> 2;
+#pragma unroll 1
+  for (int width = 8; width >= 0; width = width > 1 ? width / 2 : width - 1) {
+    const int anchor = ((token & ~(2 * width - 1)) + width - 1) & 7;
+#pragma unroll
+    for (int c = 0; c < K / 32; ++c) {
+      float ends[2][4];
+      get_ends(ends[0], mine, c, 0);
+      get_ends(ends[1], mine, c, 1);
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const bool after = (8 * (b & 1) + token) & width;
+        const int place = tile_at<K>(8 * b, warp * (K / 4) + 8 * c) + lane * 2;
+        float e[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float g = mine.g[b][c][h];
+          const float near = __shfl_sync(0xffffffffu, g, anchor * 4 + (lane & 3));
+          e[h] = width ? exp2_approx(-fabsf(g - (width == 8 ? ends[h][b & 2] : near))) : 1;
+        }
+        const uint32_t k = mine.k[b][c], q = mine.q[b][c];
+        const float row0 = after || !width ? e[0] : 0, row1 = after || !width ? e[1] : 0;
+        const float column0 = after ? 0 : e[0], column1 = after ? 0 : e[1];
+        put(s.k_row, place, low_of(k) * row0, high_of(k) * row1);
+        put(s.q_row, place, low_of(q) * row0, high_of(q) * row1);
+        put(s.k_column, place, low_of(k) * column0, high_of(k) * column1);
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < FACTOR_JOBS; ++n) {
+      const FactorJob job(warp, n);
+      if (job.square == 2 && width) continue;
+      float part[4] = {0, 0, 0, 0};
+      multiply<K>(part, s, job);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = token + 4 * (i & 2), column = 8 * job.half + 2 * (lane & 3) + (i & 1);
+        const int highest = r == column ? 0 : 1 << (31 - __clz(r ^ column));
+        if (job.square == 2 || highest == width) acc[n][i] += part[i];
+      }
+    }
+    __syncthreads();
+  }
+}
+
 template <int K>
 __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K> &s) {
   constexpr int C = K / 32; /* a warp's tiles of 8 channels */
@@ -128,56 +376,27 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
   if (!find_block(p, row, block)) return;
   const int64_t t = block.t + chunk * STEP;
   const int tokens = block.tokens - chunk * STEP; /* may be negative: a chunk of nothing */
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const int first = warp * (K / 4) + 2 * (lane & 3), token = lane >> 2;
-  const int qk_head = qk_head_of(p, head);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, token = lane >> 2;
   char *record = Workspace<K>(x).record(row, head, chunk);
+  Mine<K> mine;
+  load_mine(mine, x, block.span, t, tokens, head);
 
-  uint32_t q[4][C], k[4][C];
-  float g[4][C][2];
-  {
-    const bool g_is_f32 = p.g.dtype == FKDA_F32;
-    const bf16 *q_from = static_cast<const bf16 *>(p.q.data) + row_of(p.q, block.span, t, qk_head);
-    const bf16 *k_from = static_cast<const bf16 *>(p.k.data) + row_of(p.k, block.span, t, qk_head);
-    const int64_t g_from = row_of(p.g, block.span, t, head);
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const bool valid = 8 * b + token < tokens;
-      const int64_t at = 8 * b + token;
-#pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int channel = first + 8 * c;
-        q[b][c] = k[b][c] = 0;
-        g[b][c][0] = g[b][c][1] = 0;
-        if (valid) {
-          q[b][c] = load_pair(q_from + at * p.q.stride_t + channel, x.aligned_q);
-          k[b][c] = load_pair(k_from + at * p.k.stride_t + channel, x.aligned_k);
-          const int64_t g_at = g_from + at * p.g.stride_t + channel;
-          if (g_is_f32 && x.aligned_g) {
-            const float2 pair = __ldg(
-                reinterpret_cast<const float2 *>(static_cast<const float *>(p.g.data) + g_at));
-            g[b][c][0] = pair.x, g[b][c][1] = pair.y;
-          } else if (g_is_f32) {
-            g[b][c][0] = __ldg(static_cast<const float *>(p.g.data) + g_at);
-            g[b][c][1] = __ldg(static_cast<const float *>(p.g.data) + g_at + 1);
-          } else {
-            const uint32_t pair =
-                load_pair(static_cast<const bf16 *>(p.g.data) + g_at, x.aligned_g);
-            g[b][c][0] = low_of(pair), g[b][c][1] = high_of(pair);
-          }
-        }
-      }
-    }
-  }
+  if (p.gate == FKDA_GATE_BOUNDED)
+    apply_gate<FKDA_GATE_BOUNDED>(mine, p, tokens, head);
+  else if (p.gate == FKDA_GATE_SOFTPLUS)
+    apply_gate<FKDA_GATE_SOFTPLUS>(mine, p, tokens, head);
+  else
+    apply_gate<FKDA_GATE_DIRECT>(mine, p, tokens, head);
 
-  /* |k|^2, |q|^2 */
+    /* |k|^2, |q|^2 */
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     float k2 = 0, q2 = 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      k2 = fmaf(low_of(k[b][c]), low_of(k[b][c]), fmaf(high_of(k[b][c]), high_of(k[b][c]), k2));
-      q2 = fmaf(low_of(q[b][c]), low_of(q[b][c]), fmaf(high_of(q[b][c]), high_of(q[b][c]), q2));
+      const uint32_t k = mine.k[b][c], q = mine.q[b][c];
+      k2 = fmaf(low_of(k), low_of(k), fmaf(high_of(k), high_of(k), k2));
+      q2 = fmaf(low_of(q), low_of(q), fmaf(high_of(q), high_of(q), q2));
     }
 #pragma unroll
     for (int width = 1; width < 4; width *= 2) {
@@ -188,57 +407,35 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
       s.squares[0][warp][8 * b + token] = k2, s.squares[1][warp][8 * b + token] = q2;
   }
 
-  /* (2), then its running sums over tokens; ends: G after each eight tokens */
-  float ends[4][C][2];
-  {
-    const float exp_A = exp_A_of(p, head);
-#pragma unroll
-    for (int c = 0; c < C; ++c)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float bias = p.dt_bias.data ? load_float(p.dt_bias.data, p.dt_bias.dtype,
-                                                       (int64_t)head * K + first + 8 * c + e)
-                                          : 0.0f;
-        const Gate gate(p, p.gate, exp_A, bias);
-        float carry = 0;
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          float y = g[b][c][e];
-          if (p.gate == FKDA_GATE_BOUNDED)
-            y = gate.decay<FKDA_GATE_BOUNDED>(y);
-          else if (p.gate == FKDA_GATE_SOFTPLUS)
-            y = gate.decay<FKDA_GATE_SOFTPLUS>(y);
-          else
-            y = gate.decay<FKDA_GATE_DIRECT>(y);
-          if (8 * b + token >= tokens) y = 0;
-#pragma unroll
-          for (int width = 4; width < 32; width *= 2) {
-            const float before = __shfl_up_sync(0xffffffffu, y, width);
-            if (lane >= width) y += before;
-          }
-          g[b][c][e] = carry + y;
-          carry += __shfl_sync(0xffffffffu, y, 28 | (lane & 3));
-          ends[b][c][e] = carry;
-        }
-      }
-  }
+  /* Running sums over tokens. */
   bool over = false;
 #pragma unroll
   for (int c = 0; c < C; ++c)
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
+    for (int e = 0; e < 2; ++e) {
+      float carry = 0;
 #pragma unroll
-      for (int b = 0; b < 4; ++b)
-        over |= !((b ? ends[b - 1][c][e] : 0) - ends[b][c][e] <= ANCHOR_RANGE);
+      for (int b = 0; b < 4; ++b) {
+        float y = mine.g[b][c][e];
+#pragma unroll
+        for (int width = 4; width < 32; width *= 2) {
+          const float before = __shfl_up_sync(0xffffffffu, y, width);
+          if (lane >= width) y += before;
+        }
+        mine.g[b][c][e] = carry + y;
+        over |= lane >= 28 && !(-y <= ANCHOR_RANGE);
+        carry = __shfl_sync(0xffffffffu, mine.g[b][c][e], 28 | (lane & 3));
+      }
+    }
   const bool by_levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
 
+  const float scale = (float)p.scale;
   if (threadIdx.x < STEP) {
     const int i = threadIdx.x;
     const float norm_k =
         p.l2norm ? rsqrtf(squares_of(s.squares[0], i) + (float)FKDA_L2NORM_EPS) : 1;
     const float norm_q =
-        (float)p.scale *
-        (p.l2norm ? rsqrtf(squares_of(s.squares[1], i) + (float)FKDA_L2NORM_EPS) : 1);
+        scale * (p.l2norm ? rsqrtf(squares_of(s.squares[1], i) + (float)FKDA_L2NORM_EPS) : 1);
     float beta = 0;
     if (i < tokens) {
       beta = load_float(p.beta.data, p.beta.dtype, row_of(p.beta, block.span, t + i, head));
@@ -249,110 +446,20 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
     reinterpret_cast<float *>(record + FKDA_BACKWARD_NORM_Q(K))[i] = norm_q;
     reinterpret_cast<float *>(record + FKDA_BACKWARD_BETA(K))[i] = beta;
   }
-
-  bf16 *const k_start = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_START(K));
-  bf16 *const k_end = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_END(K));
-  bf16 *const q_start = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Q_START(K));
-  const auto put = [](bf16 *tile, int place, float a, float b) {
-    *reinterpret_cast<uint32_t *>(tile + place) = pack(a, b);
-  };
+  float norm_q[4];
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    const int column = warp * (K / 4) + 8 * c;
-    if (token == 0)
-      *reinterpret_cast<float2 *>(record + FKDA_BACKWARD_DECAY(K) + 4 * (first + 8 * c)) =
-          make_float2(exp2_approx(ends[3][c][0]), exp2_approx(ends[3][c][1]));
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const int place = tile_at<K>(8 * b, column) + lane * 2; /* of 32 tokens */
-      const int place16 = tile_at<K>(8 * (b & 1), column) + lane * 2;
-      const float k0 = low_of(k[b][c]), k1 = high_of(k[b][c]);
-      const float q0 = low_of(q[b][c]), q1 = high_of(q[b][c]);
-      const float norm_q =
-          (float)p.scale *
-          (p.l2norm ? rsqrtf(squares_of(s.squares[1], 8 * b + token) + (float)FKDA_L2NORM_EPS) : 1);
-      const float(&G)[2] = g[b][c];
-      float start[2], end[2], middle[2]; /* e^G, e^{G_C - G}, and against the chunk's middle */
-      if (!by_levels) {
-        float after[2], before[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float m = ends[b & 2][c][e], a = ends[1][c][e];
-          after[e] = exp2_approx(G[e] - m), before[e] = exp2_approx(m - G[e]);
-          start[e] = after[e] * exp2_approx(m);
-          end[e] = before[e] * exp2_approx(ends[3][c][e] - m);
-          middle[e] = b < 2 ? before[e] * exp2_approx(a - m) : after[e] * exp2_approx(m - a);
-        }
-        put(s.k_row, place, k0 * after[0], k1 * after[1]);
-        put(s.q_row, place, q0 * after[0], q1 * after[1]);
-        put(s.k_column, place, k0 * before[0], k1 * before[1]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float a = ends[1][c][e];
-          start[e] = exp2_approx(G[e]);
-          end[e] = exp2_approx(ends[3][c][e] - G[e]);
-          middle[e] = exp2_approx(b < 2 ? a - G[e] : G[e] - a);
-        }
-      }
-      put(k_start, place, k0 * start[0], k1 * start[1]);
-      put(k_end, place, k0 * end[0], k1 * end[1]);
-      put(q_start, place, q0 * start[0] * norm_q, q1 * start[1] * norm_q);
-      if (b < 2) {
-        put(s.k_early, place16, k0 * middle[0], k1 * middle[1]);
-      } else {
-        put(s.k_late, place16, k0 * middle[0], k1 * middle[1]);
-        put(s.q_late, place16, q0 * middle[0], q1 * middle[1]);
-      }
-    }
-  }
+  for (int b = 0; b < 4; ++b)
+    norm_q[b] =
+        scale *
+        (p.l2norm ? rsqrtf(squares_of(s.squares[1], 8 * b + token) + (float)FKDA_L2NORM_EPS) : 1);
 
   float acc[FACTOR_JOBS][4];
   clear(acc);
   if (by_levels) {
-    /* Two rows i > j part at the highest bit in which they differ; the tokens that this bit splits have their
-     * anchor there. Width 0 is the diagonal. */
-#pragma unroll 1
-    for (int width = 8; width >= 0; width = width > 1 ? width / 2 : width - 1) {
-#pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        const int i = 8 * (b & 1) + token;
-        const bool after = i & width;
-        const int anchor = ((token & ~(2 * width - 1)) + width - 1) & 7;
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          const int place = tile_at<K>(8 * b, warp * (K / 4) + 8 * c) + lane * 2;
-          float e[2];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float near = __shfl_sync(0xffffffffu, g[b][c][h], anchor * 4 + (lane & 3));
-            const float a = width == 8 ? ends[b & 2][c][h] : near;
-            e[h] = width ? exp2_approx(after ? g[b][c][h] - a : a - g[b][c][h]) : 1;
-          }
-          const float row0 = after || !width ? e[0] : 0, row1 = after || !width ? e[1] : 0;
-          const float column0 = after ? 0 : e[0], column1 = after ? 0 : e[1];
-          put(s.k_row, place, low_of(k[b][c]) * row0, high_of(k[b][c]) * row1);
-          put(s.q_row, place, low_of(q[b][c]) * row0, high_of(q[b][c]) * row1);
-          put(s.k_column, place, low_of(k[b][c]) * column0, high_of(k[b][c]) * column1);
-        }
-      }
-      __syncthreads();
-#pragma unroll
-      for (int n = 0; n < FACTOR_JOBS; ++n) {
-        const FactorJob job(warp, n);
-        if (job.square == 2 && width) continue;
-        float part[4] = {0, 0, 0, 0};
-        multiply<K>(part, s, job);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = token + 4 * (i & 2), column = 8 * job.half + 2 * (lane & 3) + (i & 1);
-          const int highest = r == column ? 0 : 1 << (31 - __clz(r ^ column));
-          if (job.square == 2 || highest == width) acc[n][i] += part[i];
-        }
-      }
-      __syncthreads();
-    }
+    make_tiles<true>(mine, s, record, norm_q);
+    multiply_by_levels(acc, mine, s);
   } else {
+    make_tiles<false>(mine, s, record, norm_q);
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < FACTOR_JOBS; ++n) multiply<K>(acc[n], s, FactorJob(warp, n));
@@ -369,7 +476,7 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
     for (int i = 0; i < 4; i += 2) {
       const int r = row0 + token + 4 * i;
       const float norm = job.of_q ? s.norm_q[r] : s.norm_k[r];
-      float y0 = acc[n][i] * norm * norm_k.x, y1 = acc[n][i + 1] * norm * norm_k.y;
+      const float y0 = acc[n][i] * norm * norm_k.x, y1 = acc[n][i + 1] * norm * norm_k.y;
       if (job.of_q) {
         put(P, tile_at<STEP>(row0 + 4 * i, column0 + 8 * job.half) + lane * 2, r >= column ? y0 : 0,
             r > column ? y1 : 0);
@@ -388,8 +495,14 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
 }  // namespace
 }  // namespace fkda
 
+/* Blocks a processor: as many as registers and, from sm_100 on, the compiler let through without a spill. */
+#if __CUDA_ARCH__ >= 1000
+#define FKDA_BLOCKS 2
+#else
+#define FKDA_BLOCKS 3
+#endif
 #define FKDA_ENTRY(K)                                                                              \
-  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_FACTORS_THREADS, 2)                   \
+  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_FACTORS_THREADS, FKDA_BLOCKS)         \
       fkda_portable_backward_factors_k##K(                                                         \
           const __grid_constant__ fkda_portable_backward_params x) {                               \
     __shared__ __align__(16) fkda::FactorsShared<K> shared;                                        \

@@ -389,8 +389,15 @@ __device__ __forceinline__ void run_walk(const Backward &x) {
 }  // namespace
 }  // namespace fkda
 
+/* Blocks a processor: as many as registers and, from sm_100 on, the compiler let through without a spill. */
+#if __CUDA_ARCH__ >= 1000
+#define FKDA_BLOCKS(part) ((part) == 64 ? 2 : 1)
+#else
+#define FKDA_BLOCKS(part) ((part) == 64 ? 3 : 1)
+#endif
 #define FKDA_ENTRY(K, part)                                                                        \
-  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_WALK_THREADS(part), 1)                \
+  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_WALK_THREADS(part),                   \
+                                               FKDA_BLOCKS(part))                                  \
       fkda_portable_backward_walk_k##K##_v##part(                                                  \
           const __grid_constant__ fkda_portable_backward_params x) {                               \
     fkda::run_walk<K, part>(x);                                                                    \
