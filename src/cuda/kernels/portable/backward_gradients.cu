@@ -20,6 +20,15 @@
 namespace fkda {
 namespace {
 
+__device__ __forceinline__ uint32_t processors() {
+  uint32_t n;
+  asm("mov.u32 %0, %%nsmid;" : "=r"(n));
+  return n;
+}
+__device__ __forceinline__ void prefetch(const void *at) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
+}
+
 constexpr int TILES = STEP / 8, SQUARES = STEP / 16; /* of a warp's tokens */
 
 template <int K, int V>
@@ -166,6 +175,40 @@ struct Gradients {
     }
   }
 
+  /* What this processor's next block will load, into the second-level cache. With one block at a time nothing
+   * else would keep the memory busy meanwhile. */
+  __device__ __forceinline__ void prefetch_next() const {
+    const uint32_t id = blockIdx.x + processors();
+    if (id >= gridDim.x) return;
+    const int next_head = (int)(id % heads_of(p)), thread = threadIdx.x;
+    const int64_t next_row = id / heads_of(p);
+    Block next;
+    if (!find_block(p, next_row, next)) return;
+    const Workspace<K> w(x);
+    constexpr int LINE = 128;
+    const auto part = [&](char *base, int64_t size) {
+      char *from = Workspace<K>::at(base, size, next_row, w.heads, next_head);
+      for (int i = thread; i < (int)size / LINE; i += THREADS) prefetch(from + i * LINE);
+    };
+    part(w.states, w.sizes.states);
+    part(w.d_states, w.sizes.d_states);
+    part(w.differences, w.sizes.differences);
+    part(w.d_updates, w.sizes.d_updates);
+    const auto rows = [&](const fkda_rows &tensor, int of_head, int columns) {
+      const int size = tensor.dtype == FKDA_F32 ? 4 : 2, lines = columns * size / LINE;
+      const char *from = static_cast<const char *>(tensor.data) +
+                         row_of(tensor, next.span, next.t, of_head) * size;
+      if (tensor.data)
+        for (int i = thread; i < next.tokens * lines; i += THREADS)
+          prefetch(from + i / lines * tensor.stride_t * size + i % lines * LINE);
+    };
+    const int next_qk = qk_head_of(p, next_head);
+    rows(p.q, next_qk, K);
+    rows(p.k, next_qk, K);
+    rows(p.g, next_head, K);
+    rows(p.d_out, next_head, V);
+  }
+
   /* (24), (23)'s d_beta. */
   __device__ __forceinline__ void weigh_pairs() {
     refresh();
@@ -205,43 +248,60 @@ struct Gradients {
     }
   }
 
-  /* (25), and the last term of (28). */
-  __device__ __forceinline__ void meet_states(float (&late)[TILES][4], float (&early)[TILES][4]) {
+  /* A and B operands of 16 value rows of S and dS lie as they are needed, 16 bytes a lane; AHEAD of them on their way. */
+  static constexpr int AHEAD = 2;
+  __device__ __forceinline__ const uint4 *states_of(char *part, int64_t size) const {
+    return reinterpret_cast<const uint4 *>(Workspace<K>::at(part, size, row(), p.HV, head())) +
+           warp * (V / 16) * 32 + lane;
+  }
+  __device__ __forceinline__ void load_states(uint4 (&S)[AHEAD], uint4 (&dS)[AHEAD]) {
     refresh();
     const Workspace<K> w(x);
-    const int place = (warp * (V / 16)) * 32 + lane;
-    const uint4 *S = reinterpret_cast<const uint4 *>(
-                         Workspace<K>::at(w.states, w.sizes.states, row(), w.heads, head())) +
-                     place;
-    const uint4 *dS = reinterpret_cast<const uint4 *>(
-                          Workspace<K>::at(w.d_states, w.sizes.d_states, row(), w.heads, head())) +
-                      place;
+    const uint4 *from = states_of(w.states, w.sizes.states);
+    const uint4 *d_from = states_of(w.d_states, w.sizes.d_states);
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) S[j] = __ldg(from + j * 32), dS[j] = __ldg(d_from + j * 32);
+  }
+
+  /* (25), and the last term of (28). */
+  __device__ __forceinline__ void meet_states(float (&late)[TILES][4], float (&early)[TILES][4],
+                                              uint4 (&S)[AHEAD], uint4 (&dS)[AHEAD]) {
+    refresh();
+    const Workspace<K> w(x);
+    const uint4 *from = states_of(w.states, w.sizes.states) + AHEAD * 32;
+    const uint4 *d_from = states_of(w.d_states, w.sizes.d_states) + AHEAD * 32;
     clear(q);
     clear(late);
     clear(early);
     overlap[0] = overlap[1] = 0;
-    uint4 s4 = __ldg(S), d4 = __ldg(dS);
 #pragma unroll 1
-    for (int v = 0; v < V / 16; ++v) {
-      const uint32_t a[4] = {s4.x, s4.y, s4.z, s4.w}, d[4] = {d4.x, d4.y, d4.z, d4.w};
-      if (v + 1 < V / 16) s4 = __ldg(S += 32), d4 = __ldg(dS += 32);
-      if (v / (V / 32) == half)
+    for (int v0 = 0; v0 < V / 16; v0 += AHEAD)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          overlap[i & 1] =
-              fmaf(low_of(a[i]), low_of(d[i]), fmaf(high_of(a[i]), high_of(d[i]), overlap[i & 1]));
+      for (int j = 0; j < AHEAD; ++j) {
+        const int v = v0 + j;
+        const uint32_t a[4] = {S[j].x, S[j].y, S[j].z, S[j].w};
+        const uint32_t d[4] = {dS[j].x, dS[j].y, dS[j].z, dS[j].w};
+        if (v + AHEAD < V / 16) {
+          S[j] = __ldg(from), dS[j] = __ldg(d_from);
+          from += 32, d_from += 32;
+        }
+        if (v / (V / 32) == half)
 #pragma unroll
-      for (int i = 0; i < SQUARES; ++i) {
-        const int square = (SQUARES * half + i) * (V / 16) + v;
-        uint32_t r[4];
-        load_square(r, s.d_out, square);
-        mma_rows(q[2 * i], q[2 * i + 1], a, r);
-        load_square(r, s.dW, square);
-        mma_rows(late[2 * i], late[2 * i + 1], a, r);
-        load_square(r, s.E, square);
-        mma_rows(early[2 * i], early[2 * i + 1], d, r);
+          for (int i = 0; i < 4; ++i)
+            overlap[i & 1] = fmaf(low_of(a[i]), low_of(d[i]),
+                                  fmaf(high_of(a[i]), high_of(d[i]), overlap[i & 1]));
+#pragma unroll
+        for (int i = 0; i < SQUARES; ++i) {
+          const int square = (SQUARES * half + i) * (V / 16) + v;
+          uint32_t r[4];
+          load_square(r, s.d_out, square);
+          mma_rows(q[2 * i], q[2 * i + 1], a, r);
+          load_square(r, s.dW, square);
+          mma_rows(late[2 * i], late[2 * i + 1], a, r);
+          load_square(r, s.E, square);
+          mma_rows(early[2 * i], early[2 * i + 1], d, r);
+        }
       }
-    }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       const float2 norm_q = of_tokens(s.norm_q, n), norm_k = of_tokens(s.norm_k, n);
@@ -806,12 +866,15 @@ struct Gradients {
     load();
     load_gates(G);
     const bool over = sum_gates();
+    uint4 S[AHEAD], dS[AHEAD];
+    load_states(S, dS);
     cute::cp_async_wait<0>();
     const bool levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
+    prefetch_next();
     weigh_pairs();
     float late[TILES][4],
         early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
-    meet_states(late, early);
+    meet_states(late, early, S, dS);
     __syncthreads(); /* the pairs' weights are there */
     store_beta();
     if (half)
