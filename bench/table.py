@@ -4,7 +4,8 @@
 Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows of cpu-*.json. Between the
 markers `bench:cpu-all` in docs/kernels/cpu.md: all of them. Likewise `bench:gpu` in README.md from
 prefill-*.json and decode-*.json, and `bench:gpu-prefill-sm90`, `bench:gpu-prefill`, `bench:gpu-decode` in
-docs/kernels/, and `bench:gpu-backward` there from backward-*.json of GPUs. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
+docs/kernels/, and `bench:gpu-backward` and `bench:gpu-training` there from backward-*.json and training-*.json
+of GPUs. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
 """
 
 import argparse
@@ -325,6 +326,45 @@ def gpu_backward_page(records):
     return pages
 
 
+NAMES = {
+    "flash_kda": "this library",
+    "naive": "the recurrence in PyTorch",
+    "naive64": "the same in float64",
+    "fla": "FLA",
+}
+
+
+def gpu_training_page(records):
+    """What examples/train.py --compare has recorded."""
+    pages = [] if records else ["No result is recorded yet."]
+    for record in records:
+        s, d, long = record["settings"], record["distance"], record["long"]
+        pages += [
+            f"{record['device']}, torch {record['torch']}, commit {record['commit']}, {record['date'][:10]}: {s['layers']}"
+            f" layers, width {s['dim']}, {s['heads']} heads of {s['head_dim']}, {s['batch']} × {s['length']} bytes a step,"
+            f" {s['steps']} steps; long: {long['batch']} × {long['length']} bytes.",
+            "",
+        ]
+        lines = []
+        for name, losses in record["losses"].items():
+            line = [NAMES[name], number(losses[-1], 4), number(record["tokens_per_second"][name])]
+            line.append(number(long["tokens_per_second"].get(name)))
+            lines.append([*line, number(record["first_step_seconds"][name])])
+        head = ["layer", "last loss", "tokens/s", "tokens/s, long", "first step, s"]
+        pages += [*table(head, lines), ""]
+        apart = {
+            "flash_kda_naive": "ours and the recurrence's",
+            "naive_naive64": "the recurrence's in float32 and in float64",
+            "flash_kda_fla": "ours and FLA's",
+        }
+        text = [f"{words} are {number(d[pair])} apart" for pair, words in apart.items() if pair in d]
+        pages.append(
+            f"Loss curves averaged over 10 steps, at most: {'; '.join(text)}. Stopped half way and resumed, the losses differ"
+            f" by at most {number(d['resumed']) if d['resumed'] else '0'}."
+        )
+    return pages
+
+
 def gpu_records(root):
     """Pairs (prefill, decode) of one device each."""
     pairs = []
@@ -356,11 +396,14 @@ def main():
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     stale = []
     gpu = gpu_records(options.root)
-    gradients = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((options.root / "bench/results").glob("backward-*.json"))
-        if not path.stem.startswith("backward-cpu")
-    ]
+    gradients, training = (
+        [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((options.root / "bench/results").glob(f"{kind}-*.json"))
+            if not path.stem.startswith(f"{kind}-cpu")
+        ]
+        for kind in ("backward", "training")
+    )
     documents = (
         ("README.md", "cpu", readme, records),
         ("docs/kernels/cpu.md", "cpu-all", everything, records),
@@ -369,6 +412,7 @@ def main():
         ("docs/kernels/prefill_portable.md", "gpu-prefill", gpu_prefill_page("portable"), gpu),
         ("docs/kernels/decode.md", "gpu-decode", gpu_decode_page, gpu),
         ("docs/kernels/backward_portable.md", "gpu-backward", gpu_backward_page, [gradients]),
+        ("docs/kernels/backward_portable.md", "gpu-training", gpu_training_page, [training]),
     )
     for name, marker, make, sources in documents:
         path = options.root / name
