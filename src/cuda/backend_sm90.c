@@ -18,7 +18,9 @@ static const fkda_cuda_capabilities capabilities = {90, 90};
 #define SHAPE(K, part, gate_dtype, bounded, suffix) {K, part, gate_dtype, bounded},
 
 static const fkda_cuda_kernel table[] = {FKDA_SM90_PREFILL_LIST(KERNEL)};
-static const struct { int32_t K, part, gate_dtype, bounded; } shapes[] = {FKDA_SM90_PREFILL_LIST(SHAPE)};
+static const struct {
+  int32_t K, part, gate_dtype, bounded;
+} shapes[] = {FKDA_SM90_PREFILL_LIST(SHAPE)};
 
 #define KERNELS ((int32_t)(sizeof table / sizeof table[0]))
 
