@@ -965,10 +965,11 @@ SCENARIO(backward_launches) {
       {1, 2, 2, 128, 128, 2, 6, "k128_v128", "k128_v64"},
       {1, 32, 32, 128, 128, 2, 6, "k128_v128", "k128_v64"},
       {1, 33, 33, 128, 128, 2, 6, "k128_v128", "k128_v64"},
-      {1, 34, 34, 128, 128, 1, 5, "k128_v128", "k128_v128"},
-      {2, 48, 96, 128, 128, 1, 2, "k128_v128", "k128_v128"},
+      {1, 34, 34, 128, 128, 2, 3, "k128_v128", "k128_v64"},
+      {2, 48, 96, 128, 128, 2, 2, "k128_v128", "k128_v64"},
       {3, 2, 4, 64, 128, 2, 8, "k64_v128", "k64_v64"},
       {3, 40, 40, 64, 64, 1, 4, "k64_v64", "k64_v64"},
+      {3, 60, 60, 64, 64, 1, 3, "k64_v64", "k64_v64"},
       {1, 2, 2, 128, 64, 1, 6, "k128_v64", "k128_v64"},
   };
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
@@ -1029,7 +1030,7 @@ SCENARIO(backward_shared_memory) {
   give_workspace(&a);
   CHECK_OK(fkda_backward(&a));
   CHECK_INT(backward_params(launch_of(4, 1)).stages, 2);
-  CHECK_INT(launch_of(4, 1)->shared, FKDA_BACKWARD_WALK_SHARED(128, 128, 2));
+  CHECK_INT(launch_of(4, 1)->shared, FKDA_BACKWARD_WALK_SHARED(128, 64, 2));
   a = backward(1, 4, 4, 64, 64);
   give_workspace(&a);
   CHECK_OK(fkda_backward(&a));

@@ -95,11 +95,9 @@ static int64_t walks_of(const fkda_problem *p) {
   return p->N * p->HV * (w.tokens || !w.any ? 2 : 1);
 }
 
-/* A head's walk is a chain of chunks, in which only its value columns are independent. Halves of them where
- * every one still has a processor of its own; each reads the head's factors. */
-static int32_t split_of(const fkda_problem *p) {
-  return p->V == 128 && 2 * walks_of(p) <= FKDA_CUDA_PROCESSORS ? 2 : 1;
-}
+/* A head's walk is a chain of chunks, in which only its value columns are independent: by parts of 64 of them, of
+ * which a processor has registers for three. Each reads the head's factors. */
+static int32_t split_of(const fkda_problem *p) { return (int32_t)p->V / 64; }
 
 static int64_t rows_of(const fkda_problem *p) {
   return fkda_portable_backward_rows(p->B, p->T, p->N);
@@ -129,12 +127,15 @@ static int32_t aligned_bf16(const fkda_rows *x) {
 
 static int32_t aligned(const fkda_rows *x) { return x->dtype && fkda_cuda_aligned(x); }
 
-/* Two blocks share a processor where there are more blocks than processors, and room for both. */
+/* Where there are more blocks than processors, two or three share one as far as there is room. */
 static int32_t stages_of(const fkda_cuda_device *device, int64_t blocks, int32_t K, int32_t part) {
-  const int32_t half = stages_in(device->processor_shared / 2 - SYSTEM_SHARED, K, part);
-  return blocks > device->processors && half >= LEAST_STAGES
-             ? half
-             : stages_in(device->block_shared, K, part);
+  const int64_t processors = device->processors;
+  int32_t together = 1 + (blocks > processors) + (blocks > 2 * processors);
+  for (; together > 1; --together) {
+    const int32_t room = device->processor_shared / together - SYSTEM_SHARED;
+    if (stages_in(room, K, part) >= LEAST_STAGES) return stages_in(room, K, part);
+  }
+  return stages_in(device->block_shared, K, part);
 }
 
 fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *plan) {
