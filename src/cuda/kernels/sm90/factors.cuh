@@ -132,73 +132,93 @@ __device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot
  * rows i > j part at the highest bit in which i and j differ; the block of 2 width rows that this bit splits has its
  * anchor there, and e^{G_i-a}, e^{a-G_j} are both <= 1: of each row there is one, so that K' serves as K^ too. First the
  * diagonal, then five widths; last (width 32) K' and Q' in the frame of the chunk's begin, K^ in those of the ends of
- * its halves, which the state is decayed to before it takes them. The walk has overwritten the chunk: it comes from
- * device memory anew. `first_half`: the channels' sums of decays over it. Registers are short: own[128 e] is the
- * thread's accumulator e. */
+ * its halves, which the state is decayed to before it takes them. Every pass overwrites k and q, so that the copy engine
+ * brings them anew. `sums`: what the thread's channels decay by in its half, `first_half` in the first. Registers are
+ * short: own[128 e] is the thread's accumulator e. */
 template <class S>
-__device__ __forceinline__ void factors_by_levels(const fkda_problem &p, const Task &task,
-                                                  int begin, uint32_t slot, const Gate (&gate)[2],
-                                                  const float *first_half, float *own) {
-  const auto first_row_of = [] { return fresh_lane() >> 4 << 4; }; /* the thread's half */
+__device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params,
+                                                  Shared<S> &shared, const Task &task, int begin,
+                                                  int stage, const Gate (&gate)[2],
+                                                  const float *sums, const float *first_half,
+                                                  float *own) {
+  const fkda_problem &p = params.problem;
+  const auto group = [] { return fresh_warp() / 4 - S::STATE_GROUPS; };
   const auto channel_of = [] { return 32 * (fresh_warp() & 3) + 2 * (fresh_lane() & 15); };
+  const auto half_of_thread = [] { return fresh_lane() >> 4 << 4; }; /* its first row */
 #pragma unroll
   for (int e = 0; e < 16; ++e) own[e * 128] = 0;
 #pragma unroll 1
   for (int width = 0; width <= CHUNK; width = width ? 2 * width : 1) {
-    group_sync(fresh_warp() / 4 - S::STATE_GROUPS); /* the tiles are free */
+    if (width != 1) { /* that of 0 left them as they are: six times, an even number */
+      group_sync(group());
+      const Barrier &full = shared.reloaded[group()];
+      if ((fresh(threadIdx.x) & 127) == 0) {
+        const bool gates = width == 0 && S::GATE_BYTES == 2; /* which the walk has overwritten */
+        full.arrive_and_expect_tx(S::SLICES * TILE * (gates ? 3 : 2));
+        char *slot = shared.slots[stage];
 #pragma unroll 1
-    for (int back = 0; channel_of() < S::K && back < 2; ++back) {
-      float sum[2] = {0, 0};
-      if (width == CHUNK && first_row_of() && !back) /* the first half's */
-        sum[0] = first_half[channel_of()], sum[1] = first_half[channel_of() + 1];
+        for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
+          load_box(params.k, full, slot + SLICE_K, 64 * slice, task.begin + begin, task.qk_head,
+                   task.b);
+          load_box(params.q, full, slot + SLICE_Q, 64 * slice, task.begin + begin, task.qk_head,
+                   task.b);
+          if (gates)
+            load_box(params.g, full, slot + SLICE_G, 64 * slice, task.begin + begin, task.head,
+                     task.b);
+        }
+      }
+      wait(full, width == 0 || width == 4 || width == 16 ? 0 : 1);
+      if (task.length - begin < CHUNK) {
+        clear_rows<S>(shared.slots[stage], task.length - begin, p.gate == FKDA_GATE_DIRECT);
+        fence_async();
+        group_sync(group());
+      }
+    }
+#pragma unroll 1
+    for (int back = 0; width && channel_of() < S::K && back < (width == CHUNK ? 1 : 2); ++back) {
+      float sum[2] = {0, 0}, before[2] = {0, 0};
+      if (width == CHUNK && half_of_thread())
+        before[0] = first_half[channel_of()], before[1] = first_half[channel_of() + 1];
 #pragma unroll 1
       for (int i = 0; i < HALF; ++i) {
-        const int row = first_row_of() + (back ? HALF - 1 - i : i);
-        const bool mine = width == CHUNK || (row & width ? !back : back == (width > 0));
+        const int row = half_of_thread() + (back ? HALF - 1 - i : i);
+        const bool mine = width == CHUNK || (row & width ? !back : back);
         if (!mine) continue;
         if (width < CHUNK && (row & (width - 1)) == (back ? width - 1 : 0)) sum[0] = sum[1] = 0;
-        asm volatile("" ::: "memory"); /* see fresh(): every address is made anew */
-        const int t = begin + row;
-        const bool there = t < task.length;
-        float decay[2] = {0, 0};
-        if (there && width) {
-          const int64_t at = row_at(p.g, task, fresh(task.head), t) + channel_of();
-          float2 raw;
-          if (S::GATE_BYTES == 4) {
-            raw = *reinterpret_cast<const float2 *>(static_cast<const float *>(p.g.data) + at);
-          } else {
-            const uint32_t pair =
-                *reinterpret_cast<const uint32_t *>(static_cast<const bf16 *>(p.g.data) + at);
-            raw = make_float2(low_of(pair), high_of(pair));
-          }
-          if (p.gate == FKDA_GATE_SOFTPLUS)
-            decay[0] = gate[0].template decay<FKDA_GATE_SOFTPLUS>(raw.x),
-            decay[1] = gate[1].template decay<FKDA_GATE_SOFTPLUS>(raw.y);
-          else
-            decay[0] = gate[0].template decay<FKDA_GATE_DIRECT>(raw.x),
-            decay[1] = gate[1].template decay<FKDA_GATE_DIRECT>(raw.y);
+        const uint32_t slice =
+            address(shared.slots[stage]) + channel_of() / 64 * S::SLICE;
+        const uint32_t at = slice + in_tile(row, channel_of() & 63);
+        const uint32_t k = load_shared(at + SLICE_K), q = load_shared(at + SLICE_Q);
+        float2 raw;
+        if (S::GATE_BYTES == 4) {
+          raw = load_shared_pair(slice + SLICE_G32 + (channel_of() >> 5 & 1) * TILE +
+                                 in_tile(row, (channel_of() & 31) * 2));
+        } else {
+          const uint32_t pair = load_shared(at + SLICE_G);
+          raw = make_float2(low_of(pair), high_of(pair));
         }
-        if (!back) sum[0] += decay[0], sum[1] += decay[1];
-        const float e0 = exp2_approx(sum[0]), e1 = exp2_approx(sum[1]);
-        if (back) sum[0] += decay[0], sum[1] += decay[1];
-        const auto put = [&](const fkda_rows &from, int to) {
-          const uint32_t pair =
-              there ? *reinterpret_cast<const uint32_t *>(
-                          static_cast<const bf16 *>(from.data) +
-                          row_at(from, task, fresh(task.qk_head), t) + channel_of())
-                    : 0;
-          store_shared(slot + channel_of() / 64 * S::SLICE + to + in_tile(row, channel_of() & 63),
-                       pack(low_of(pair) * e0, high_of(pair) * e1));
-        };
-        put(p.k, width == CHUNK && back ? SLICE_G : SLICE_K);
-        if (!back) put(p.q, SLICE_Q);
+        float2 decay;
+        if (p.gate == FKDA_GATE_SOFTPLUS)
+          decay = make_float2(gate[0].template decay<FKDA_GATE_SOFTPLUS>(raw.x),
+                              gate[1].template decay<FKDA_GATE_SOFTPLUS>(raw.y));
+        else
+          decay = make_float2(gate[0].template decay<FKDA_GATE_DIRECT>(raw.x),
+                              gate[1].template decay<FKDA_GATE_DIRECT>(raw.y));
+        if (!back) sum[0] += decay.x, sum[1] += decay.y;
+        const float e0 = exp2_approx(before[0] + sum[0]), e1 = exp2_approx(before[1] + sum[1]);
+        if (back) sum[0] += decay.x, sum[1] += decay.y;
+        store_shared(at + SLICE_K, pack(low_of(k) * e0, high_of(k) * e1));
+        if (!back) store_shared(at + SLICE_Q, pack(low_of(q) * e0, high_of(q) * e1));
+        if (width == CHUNK) /* a difference of two sums: its error is far below bf16's */
+          store_shared(at + SLICE_G, pack(low_of(k) * exp2_approx(sums[0] - sum[0]),
+                                          high_of(k) * exp2_approx(sums[1] - sum[1])));
       }
     }
     fence_async();
     if (width == CHUNK) break;
-    group_sync(fresh_warp() / 4 - S::STATE_GROUPS);
+    group_sync(group());
     float level[16];
-    start_squares<S>(level, uniform(fresh(slot)), SLICE_K);
+    start_squares<S>(level, address(shared.slots[uniform(stage)]), SLICE_K);
     cute::warpgroup_wait<0>();
     fence(level);
     const int apart_first = (16 * (fresh_warp() & 1) + (fresh_lane() >> 2)) ^ 2 * (fresh_lane() & 3);
@@ -211,7 +231,8 @@ __device__ __forceinline__ void factors_by_levels(const fkda_problem &p, const T
 }
 
 template <class S>
-__device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
+__device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
+  const fkda_problem &p = params.problem;
   static_assert(S::HANDOVERS == S::SLOTS / 2, "one ring for two");
   const int first = threadIdx.x / 128 - S::STATE_GROUPS;
   Ring<S::SLOTS> ring;
@@ -306,7 +327,8 @@ __device__ void run_factors(const fkda_problem &p, Shared<S> &shared) {
             float *sums = &(lane < 16 ? to.first_half : to.second_half)[32 * warp + 2 * (lane & 15)];
             if (active) sums[0] = sum[0] - shift, sums[1] = sum[1] - shift;
             float *own = &shared.by_levels[group][0][threadIdx.x % 128];
-            factors_by_levels<S>(p, task, chunk * CHUNK, slot, gate, to.first_half, own);
+            factors_by_levels<S>(params, shared, task, chunk * CHUNK, ring.stage, gate, sums,
+                                 to.first_half, own);
             __syncwarp(); /* the other half of the warp has read the sums */
           if (active) sum[0] = sums[0], sum[1] = sums[1];
 #pragma unroll

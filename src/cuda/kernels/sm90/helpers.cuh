@@ -2,19 +2,10 @@
 #ifndef FKDA_CUDA_SM90_HELPERS_CUH
 #define FKDA_CUDA_SM90_HELPERS_CUH
 
-#include <cute/arch/copy_sm90_tma.hpp>
-
 #include "cuda/kernels/sm90/shared.cuh"
 #include "cuda/kernels/sm90/solver.cuh"
 
 namespace fkda {
-
-__device__ __forceinline__ void load_box(const fkda_tensor_map &map, const Barrier &full, void *to,
-                                         int channel, int64_t token, int head, int64_t b) {
-  const uint64_t once = 0x12F0000000000000; /* cache hint: evict first */
-  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t *>(const_cast<Barrier *>(&full)),
-                               once, to, channel, (int32_t)token, head, (int32_t)b);
-}
 
 /* ---- the loader: one warp that publishes tasks and copies their q, k and g in ------------------------------ */
 

@@ -64,6 +64,8 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
       shared.handover_full[i].init(4 + 1);
       shared.handover_free[i].init(S::STATE_WARPS);
     }
+    if (!S::BOUNDED)
+      for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);
     for (int i = 0; i < SOLVERS; ++i) {
       shared.L_full[i].init(2);
       shared.L_free[i].init(1);
@@ -88,7 +90,7 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
     run_state<S>(params.problem, shared);
   } else if (threadIdx.x < S::FIRST_HELPER) {
     cutlass::arch::warpgroup_reg_dealloc<S::FACTOR_REGISTERS>();
-    run_factors<S>(params.problem, shared);
+    run_factors<S>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<S::HELPER_REGISTERS>();
     run_helpers<S>(params, shared);

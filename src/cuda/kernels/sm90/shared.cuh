@@ -13,6 +13,7 @@
 #ifndef FKDA_CUDA_SM90_SHARED_CUH
 #define FKDA_CUDA_SM90_SHARED_CUH
 
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
 #include "cuda/kernels/device.cuh"
@@ -94,6 +95,7 @@ struct Shared {
   float L[SOLVERS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
   Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
   Barrier L_full[SOLVERS], L_free[SOLVERS];
+  Barrier reloaded[S::BOUNDED ? 0 : S::FACTOR_GROUPS]; /* k and q, in chunks by levels */
   Barrier value_full[S::VALUES], value_out[S::VALUES];
   Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
   Barrier task_full[TASKS], task_free[TASKS];
@@ -152,6 +154,13 @@ __device__ __forceinline__ void each_task(Shared<S> &shared, Visit visit) {
     if (!task.skip) visit(task, i);
     arrive_warp(shared.task_free[i % TASKS]);
   }
+}
+
+__device__ __forceinline__ void load_box(const fkda_tensor_map &map, const Barrier &full, void *to,
+                                         int channel, int64_t token, int head, int64_t b) {
+  const uint64_t once = 0x12F0000000000000; /* cache hint: evict first */
+  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<uint64_t *>(const_cast<Barrier *>(&full)),
+                               once, to, channel, (int32_t)token, head, (int32_t)b);
 }
 
 __device__ __forceinline__ uint32_t address(const void *shared) {
