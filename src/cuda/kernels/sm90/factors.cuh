@@ -363,8 +363,8 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
         if (lane == 0) to.reach[warp] = __int_as_float(reach);
         if (!S::BOUNDED && threadIdx.x % 128 == 0) to.by_levels = by_levels;
       }
-      if (warp < 2 && count >= SOLVERS)
-        wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
+      if (count >= SOLVERS) wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
+      if (warp >= 2) arrive_warp(shared.L_full[count % SOLVERS]); /* the solver needs its reach */
       if (S::BOUNDED) {
         cute::warpgroup_wait<0>();
         fence(square);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
     if (!S::BOUNDED)
       for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);
     for (int i = 0; i < SOLVERS; ++i) {
-      shared.L_full[i].init(2);
+      shared.L_full[i].init(4);
       shared.L_free[i].init(1);
     }
     for (int i = 0; i < TASKS; ++i) {

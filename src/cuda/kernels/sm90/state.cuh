@@ -158,10 +158,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     /* The last of a chunk: places given back, S decayed to the chunk's end. */
     const auto finish = [&](const Ring<S::SLOTS / 2> &in, bool huge) {
       const typename Shared<S>::Handover &f = shared.handover[in.stage];
-      arrive_warp(shared.slot_free[ring.stage]);
+      /* A factor group may ask for a handover only when its use before the last is over (a barrier's parity tells no
+       * more): with as many handovers as groups its own last turn says so, else the slot must. */
+      constexpr bool SLOT_LAST = S::FACTOR_GROUPS > S::HANDOVERS;
+      if (!SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
       decay_state<K>(s, f.to_end, fresh_lane());
       if (huge) scale_in_place(s, 0x1p96f);
       arrive_warp(shared.handover_free[in.stage]);
+      if (SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
       left -= CHUNK;
       ring.next();
     };
