@@ -75,6 +75,11 @@ constexpr int OUT_PITCH = K + 4;
 
 __device__ __forceinline__ constexpr int lower_square(int i, int j) { return i * (i + 1) / 2 + j; }
 
+/* Every term of a token's dg has the factor e^g. Below this it is less than the rounding of f32 sums, of which the slope
+ * of a softplus would make much: 0 is closer. The clamp of g, whose gradient is 0, lies lower still. */
+constexpr float NEGLIGIBLE = -16;
+static_assert(FKDA_GATE_CLAMP < -16, "the clamp");
+
 /* (20): dg becomes the gradient by the raw gate; returns what A_log gets. */
 __device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, float bias,
                                            float exp_A, float &dg) {
@@ -86,11 +91,11 @@ __device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, flo
   }
   if (p.gate == FKDA_GATE_SOFTPLUS) {
     const float g = -exp_A * softplus(y);
-    const float inside = g < (float)FKDA_GATE_CLAMP ? 0 : dg;
+    const float inside = g < NEGLIGIBLE ? 0 : dg;
     dg = -inside * exp_A * sigmoid(y);
     return inside * g;
   }
-  if (raw < (float)FKDA_GATE_CLAMP || raw > 0) dg = 0;
+  if (raw < NEGLIGIBLE || raw > 0) dg = 0;
   return 0;
 }
 
