@@ -168,17 +168,10 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
         }
       }
       wait(full, width == 0 || width == 4 || width == 16 ? 0 : 1);
-      if (task.length - begin < CHUNK) {
-        clear_rows<S>(shared.slots[stage], task.length - begin, p.gate == FKDA_GATE_DIRECT);
-        fence_async();
-        group_sync(group());
-      }
     }
 #pragma unroll 1
     for (int back = 0; width && channel_of() < S::K && back < (width == CHUNK ? 1 : 2); ++back) {
-      float sum[2] = {0, 0}, before[2] = {0, 0};
-      if (width == CHUNK && half_of_thread())
-        before[0] = first_half[channel_of()], before[1] = first_half[channel_of() + 1];
+      float sum[2] = {0, 0};
 #pragma unroll 1
       for (int i = 0; i < HALF; ++i) {
         const int row = half_of_thread() + (back ? HALF - 1 - i : i);
@@ -188,7 +181,7 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
         const uint32_t slice =
             address(shared.slots[stage]) + channel_of() / 64 * S::SLICE;
         const uint32_t at = slice + in_tile(row, channel_of() & 63);
-        const uint32_t k = load_shared(at + SLICE_K), q = load_shared(at + SLICE_Q);
+        uint32_t k = load_shared(at + SLICE_K), q = load_shared(at + SLICE_Q);
         float2 raw;
         if (S::GATE_BYTES == 4) {
           raw = load_shared_pair(slice + SLICE_G32 + (channel_of() >> 5 & 1) * TILE +
@@ -204,8 +197,15 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
         else
           decay = make_float2(gate[0].template decay<FKDA_GATE_DIRECT>(raw.x),
                               gate[1].template decay<FKDA_GATE_DIRECT>(raw.y));
+        if (begin + row >= task.length) { /* rows of whatever follows the sequence */
+          k = q = 0;
+          decay = make_float2(0, 0);
+        }
         if (!back) sum[0] += decay.x, sum[1] += decay.y;
-        const float e0 = exp2_approx(before[0] + sum[0]), e1 = exp2_approx(before[1] + sum[1]);
+        float2 before = make_float2(0, 0);
+        if (width == CHUNK && half_of_thread())
+          before = load_shared_pair(address(first_half) + 4 * channel_of());
+        const float e0 = exp2_approx(before.x + sum[0]), e1 = exp2_approx(before.y + sum[1]);
         if (back) sum[0] += decay.x, sum[1] += decay.y;
         store_shared(at + SLICE_K, pack(low_of(k) * e0, high_of(k) * e1));
         if (!back) store_shared(at + SLICE_Q, pack(low_of(q) * e0, high_of(q) * e1));
@@ -221,11 +221,14 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
     start_squares<S>(level, address(shared.slots[uniform(stage)]), SLICE_K);
     cute::warpgroup_wait<0>();
     fence(level);
-    const int apart_first = (16 * (fresh_warp() & 1) + (fresh_lane() >> 2)) ^ 2 * (fresh_lane() & 3);
+    const int first = 16 * (fresh_warp() & 1) + (fresh_lane() >> 2);
+    const int apart_first = first ^ 2 * (fresh_lane() & 3);
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
       const int apart = apart_first ^ (8 * (e >> 1 & 1) ^ 8 * (e >> 2) ^ (e & 1));
-      if (width ? apart >= width && apart < 2 * width : apart == 0) own[e * 128] = level[e];
+      const bool there = begin + first + 8 * (e >> 1 & 1) < task.length;
+      if (there && (width ? apart >= width && apart < 2 * width : apart == 0))
+        own[e * 128] = level[e];
     }
   }
 }
