@@ -14,6 +14,7 @@ set_property(CACHE FLASHKDA_CUDA PROPERTY STRINGS AUTO ON OFF HOST)
 set(FLASHKDA_CUDA_ARCHITECTURES 80 90 100 120 CACHE STRING "Compute capabilities to compile for")
 set(FLASHKDA_CUDA_PTX 80 CACHE STRING "Compute capabilities to embed PTX for")
 option(FLASHKDA_CUDA_ALLOW_SPILLS "Let kernels spill registers (while working on them)" OFF)
+option(FLASHKDA_CUDA_RACECHECK "Kernels for compute-sanitizer's racecheck: slower, the same results" OFF)
 set(default_cache "${CMAKE_CURRENT_BINARY_DIR}/cache")
 if(PROJECT_IS_TOP_LEVEL)
   set(default_cache "${CMAKE_CURRENT_SOURCE_DIR}/build/cache") # one for all build directories
@@ -29,6 +30,9 @@ include(cutlass)
 
 set(FKDA_NVCC_MINIMUM 12.9)
 set(FKDA_NVCC_FLAGS -std=c++17 -O3 -Werror all-warnings -Xptxas -v)
+if(FLASHKDA_CUDA_RACECHECK)
+  list(APPEND FKDA_NVCC_FLAGS -DFKDA_RACECHECK)
+endif()
 
 # Is there an nvcc that works? Sets FLASHKDA_NVCC and FKDA_NVCC_VERSION.
 function(fkda_find_nvcc why)

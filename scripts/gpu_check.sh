@@ -7,6 +7,7 @@
 #
 #   FLASHKDA_BUILD_DIR  a build to use as it is: made elsewhere, with FLASHKDA_CUDA=ON and
 #                       FLASHKDA_PYTHON=ON; of it flashkda, libflashkda.so* and python/ are needed
+#   FLASHKDA_RACECHECK_BUILD_DIR  the same for racecheck, made with FLASHKDA_CUDA_RACECHECK=ON
 #   FLASHKDA_COMMIT     what to call the commit where there is no .git
 #   PYTHON              an interpreter with torch (CUDA), numpy, ml_dtypes and pytest (python3)
 set -uo pipefail
@@ -34,6 +35,17 @@ if [ -z "$build" ]; then
   cmake --build $build -j "${JOBS:-$(nproc)}" || exit 1
 fi
 build=$(cd "$build" && pwd) || exit 1
+# racecheck sees only arrivals of each thread's own at a barrier: its kernels let every lane arrive.
+race_build=${FLASHKDA_RACECHECK_BUILD_DIR:-}
+if [ -z "$race_build" ]; then
+  race_build=build/gpu-racecheck
+  title "build for racecheck"
+  cmake -S . -B $race_build -DCMAKE_BUILD_TYPE=Release -DFLASHKDA_TESTS=OFF -DFLASHKDA_CUDA=ON \
+    -DFLASHKDA_PYTHON=OFF -DFLASHKDA_CUDA_RACECHECK=ON >build/gpu-racecheck-configure.log ||
+    { cat build/gpu-racecheck-configure.log; exit 1; }
+  cmake --build $race_build -j "${JOBS:-$(nproc)}" || exit 1
+fi
+race_build=$(cd "$race_build" && pwd) || exit 1
 logs=build/gpu-check
 rm -rf $logs && mkdir -p $logs "$(dirname "$summary")" || exit 1
 # A build that was made elsewhere looks for the library where it was made.
@@ -77,8 +89,11 @@ cases=(
 patterns=()
 for name in "${cases[@]}"; do patterns+=(--case "$name"); done
 sanitize() { # TOOL
-  timeout 240 "$sanitizer" --tool "$1" --log-file "$logs/$1.log" \
-    "$FLASHKDA_TOOL" check --backend "$backends" --no-guards "${patterns[@]}" --json >"$logs/$1.json"
+  local from=$build
+  [ "$1" != racecheck ] || from=$race_build
+  LD_LIBRARY_PATH=$from${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
+    timeout 240 "$sanitizer" --tool "$1" --log-file "$logs/$1.log" \
+    "$from/flashkda" check --backend "$backends" --no-guards "${patterns[@]}" --json >"$logs/$1.json"
   echo $? >"$logs/$1.status"
   echo "$1 (${SECONDS}s): $(tail -n 1 "$logs/$1.log")"
 }

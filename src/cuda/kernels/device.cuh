@@ -97,6 +97,15 @@ __device__ __forceinline__ int fresh(int x) {
 __device__ __forceinline__ int fresh_warp() { return fresh(threadIdx.x / 32); }
 __device__ __forceinline__ int fresh_lane() { return fresh(threadIdx.x & 31); }
 
+/* Lanes that arrive at an mbarrier for a warp which does so together: one, after __syncwarp(). compute-sanitizer's
+ * racecheck does not see through that; for it (FLASHKDA_CUDA_RACECHECK) each lane arrives for itself. */
+#ifdef FKDA_RACECHECK
+constexpr int ARRIVING_LANES = 32;
+#else
+constexpr int ARRIVING_LANES = 1;
+#endif
+__device__ __forceinline__ bool lane_arrives() { return (threadIdx.x & 31) < ARRIVING_LANES; }
+
 /* ---- the block's task ----------------------------------------------------------------------------- */
 
 /* A sequence's place. cu_seqlens lies in device memory: clamped, not trusted. */

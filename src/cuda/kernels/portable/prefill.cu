@@ -130,16 +130,16 @@ __device__ __forceinline__ bool group_sync_or(int group, bool mine) {
   return any != 0;
 }
 
-__device__ __forceinline__ void init(Mbarrier &barrier, int arrivals) {
+__device__ __forceinline__ void init(Mbarrier &barrier, int warps) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;"
                :
-               : "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(arrivals)
+               : "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(warps * ARRIVING_LANES)
                : "memory");
 }
 /* A warp's arrival: what its lanes have read and written so far comes before what a waiter does next. */
 __device__ __forceinline__ void arrive(Mbarrier &barrier) {
   __syncwarp();
-  if ((threadIdx.x & 31) == 0)
+  if (lane_arrives())
     asm volatile("{ .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0]; }"
                  :
                  : "r"(cute::cast_smem_ptr_to_uint(&barrier))

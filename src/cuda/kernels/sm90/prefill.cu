@@ -54,25 +54,25 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::SLOTS; ++i) {
       shared.slot_full[i].init(1);
-      shared.slot_free[i].init(S::STATE_WARPS);
+      init_warps(shared.slot_free[i], S::STATE_WARPS);
     }
     for (int i = 0; i < S::VALUES; ++i) {
       shared.value_full[i].init(1);
-      shared.value_out[i].init(S::STATE_WARPS);
+      init_warps(shared.value_out[i], S::STATE_WARPS);
     }
     for (int i = 0; i < S::HANDOVERS; ++i) {
-      shared.handover_full[i].init(4 + 1);
-      shared.handover_free[i].init(S::STATE_WARPS);
+      init_warps(shared.handover_full[i], 4 + 1);
+      init_warps(shared.handover_free[i], S::STATE_WARPS);
     }
     if (!S::BOUNDED)
       for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);
     for (int i = 0; i < SOLVERS; ++i) {
-      shared.L_full[i].init(4);
-      shared.L_free[i].init(1);
+      init_warps(shared.L_full[i], 4);
+      init_warps(shared.L_free[i], 1);
     }
     for (int i = 0; i < TASKS; ++i) {
       shared.task_full[i].init(1);
-      shared.task_free[i].init(S::CONSUMER_WARPS);
+      init_warps(shared.task_free[i], S::CONSUMER_WARPS);
     }
     cutlass::arch::fence_barrier_init();
     fence_async();

@@ -135,10 +135,13 @@ __device__ __forceinline__ void wait_idly(const Barrier &barrier, uint32_t parit
   while (!barrier.try_wait(parity)) __nanosleep(20);
   asm volatile("" ::: "memory");
 }
-/* One arrival for the warp. */
+/* One arrival for the warp: such barriers are made by init_warps(). */
 __device__ __forceinline__ void arrive_warp(const Barrier &barrier) {
   __syncwarp();
-  if ((threadIdx.x & 31) == 0) arrive(barrier);
+  if (lane_arrives()) arrive(barrier);
+}
+__device__ __forceinline__ void init_warps(const Barrier &barrier, int warps) {
+  barrier.init(warps * ARRIVING_LANES);
 }
 /* Ordinary stores before, tensor cores or the copy engine after a barrier that follows. */
 __device__ __forceinline__ void fence_async() { cutlass::arch::fence_view_async_shared(); }

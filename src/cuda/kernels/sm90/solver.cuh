@@ -169,7 +169,7 @@ __device__ void solve(Shared<S> &shared, int solver) {
       }
       fence_async();
       arrive_warp(shared.L_free[solver]);
-      if (lane == 0) arrive(shared.handover_full[out.stage]);
+      arrive_warp(shared.handover_full[out.stage]);
     }
     chunk -= task.chunks;
   });
