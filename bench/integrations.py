@@ -24,7 +24,8 @@ the model, so that a row that was not computed by us cannot pass for one; the pe
 `error` is RMS(logits - gold) / RMS(gold) over a teacher-forced pass, gold the same weights in float32 by
 transformers' PyTorch functions. Exit status 1 if ours exceeds 1.2 times a peer's.
 
-FLA's kernels tune themselves for minutes at first use; rows are written as they come, and a later run
+FLA's kernels tune themselves for minutes at first use. They are compiled ahead, each model's in a process of its
+own, into Triton's cache (--no-prewarm: not). Rows are written as they come, and a later run
 with other --models adds its rows to a file of the same device and commit.
 """
 
@@ -39,7 +40,9 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import flash_kda
@@ -52,7 +55,7 @@ ERROR_RATIO = 1.2
 
 SIZES = dict(
     hidden=2304, mlp=9216, heads=32, head_dim=128, vocabulary=32768, kda_layers=3,
-    prefill=(2048, 8192), decode=(1, 32), prompt=1024, error_tokens=512,
+    prefill=(8192,), decode=(1, 32), prompt=1024, error_tokens=512,
 )  # fmt: skip
 TINY = dict(
     hidden=64, mlp=64, heads=2, head_dim=32, vocabulary=256, kda_layers=2,
@@ -259,6 +262,16 @@ def wall_ms(clock, function, seconds):
     return statistics.median(times)
 
 
+def start_decode(model, prompt, token):
+    """After the prompt: a call for one token more."""
+    if isinstance(model, KimiLinear):
+        cache = model.cache()
+        model.forward(prompt, cache)
+        return lambda: model.forward(token, cache)
+    cache = model.forward(prompt, use_cache=True).past_key_values
+    return lambda: model.forward(token, cache, use_cache=True)
+
+
 class Bench:
     def __init__(self, clock, options, sizes):
         self.clock, self.options, self.sizes = clock, options, sizes
@@ -364,14 +377,7 @@ class Bench:
         self.errors(model)
 
     def decode(self, model, N):
-        prompt, token = self.ids(N, self.sizes["prompt"]), self.ids(N, 1)
-        if isinstance(model, KimiLinear):
-            cache = model.cache()
-            model.forward(prompt, cache)
-            call = lambda: model.forward(token, cache)
-        else:
-            cache = model.forward(prompt, use_cache=True).past_key_values
-            call = lambda: model.forward(token, cache, use_cache=True)
+        call = start_decode(model, self.ids(N, self.sizes["prompt"]), self.ids(N, 1))
         return wall_ms(self.clock, call, self.options.seconds), self.calls.of(call)
 
     def layer_decode(self, model, N):
@@ -411,6 +417,62 @@ class Bench:
         self.write()
 
 
+# ---- FLA's kernels ----------------------------------------------------------------------------------
+
+MODELS = {
+    "kimi_linear": KimiLinear,
+    "fla_softplus": functools.partial(FlaKda, safe_gate=False),
+    "fla_bounded": functools.partial(FlaKda, safe_gate=True),
+}
+
+
+def names_of(options):
+    """Of the models to measure."""
+    with_fla = has_fla(models=True) and options.device != "cpu"
+    names = ["kimi_linear"] if "kimi_linear" in options.models else []
+    return names + (["fla_softplus", "fla_bounded"] if "fla" in options.models and with_fla else [])
+
+
+def compile_fla(name, sizes):
+    """In a process of its own: what tuning will ask for, compiled without being timed."""
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # no choice made here may be kept
+    from triton.runtime import driver
+
+    def launch_once(kernel_call, quantiles=None, **_):
+        kernel_call()
+        return [1.0] * len(quantiles) if quantiles else 1.0
+
+    driver.active.get_benchmarker = lambda: launch_once
+    torch.set_grad_enabled(False)
+    model = MODELS[name](sizes, "cuda")
+    run = Bench.__new__(Bench)  # its inputs only
+    run.sizes, run.device = sizes, "cuda"
+    with model.peers["fla"]():
+        for T in sizes["prefill"]:
+            model.forward(run.ids(1, T))
+        for N in sizes["decode"]:
+            start_decode(model, run.ids(N, sizes["prompt"]), run.ids(N, 1))()
+    torch.cuda.synchronize()
+
+
+def prewarm(options, seconds):
+    """compile_fla() for every model at once. Not needed: what fails or takes too long is compiled later."""
+    started, deadline = [], time.monotonic() + seconds
+    for name in names_of(options):
+        log = tempfile.TemporaryFile("w+")
+        command = [sys.executable, __file__, "--compile", name]
+        started.append((name, subprocess.Popen(command, stdout=log, stderr=log), log))
+    for name, process, log in started:
+        try:
+            outcome = process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            outcome = "out of time"
+        log.seek(0)
+        say(f"FLA's kernels for {name} compiled: {outcome or 'ok'}{log.read()[-500:] if outcome else ''}")
+
+
 def family(model):
     return "kimi_linear" if isinstance(model, KimiLinear) else "fla"
 
@@ -434,8 +496,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.5, help="for each number (0.5)")
     parser.add_argument("--commit", help="recorded; default: FLASHKDA_COMMIT or what git says")
     parser.add_argument("--note", default="", help="recorded")
+    parser.add_argument("--no-prewarm", action="store_true", help="do not compile FLA's kernels ahead")
+    parser.add_argument("--compile", choices=MODELS, help=argparse.SUPPRESS)  # prewarm()
     parser.add_argument("-o", "--output", help="default: bench/results/integrations-<device>.json")
     options = parser.parse_args()
+    if options.compile:
+        return compile_fla(options.compile, SIZES)
     options.models = options.models.split(",")
     for name in options.models:
         if name not in ("kimi_linear", "fla"):
@@ -452,16 +518,15 @@ def main():
         device = bench.short_device(clock.name)
         options.output = str(ROOT / f"bench/results/integrations-{device}.json")
 
+    if has_fla() and options.device != "cpu" and not (options.no_prewarm or options.tiny):
+        prewarm(options, 200)
     run = Bench(clock, options, TINY if options.tiny else SIZES)
+    names = names_of(options)
     with torch.inference_mode():
-        if "kimi_linear" in options.models:
-            run.run(KimiLinear(run.sizes, run.device))
-        if "fla" in options.models:
-            if has_fla(models=True) and options.device != "cpu":
-                for safe_gate in (False, True):
-                    run.run(FlaKda(run.sizes, run.device, safe_gate))
-            else:
-                say("fla left out: needs a GPU and the package flash-linear-attention")
+        for name in names:
+            run.run(MODELS[name](run.sizes, run.device))
+    if "fla" in options.models and "fla_bounded" not in names:
+        say("fla left out: needs a GPU and the package flash-linear-attention")
     say(f"wrote {options.output}")
     for text in run.failures:
         print(f"FAILED: {text}")
