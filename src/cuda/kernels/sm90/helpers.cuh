@@ -13,13 +13,21 @@ __device__ __forceinline__ bool is_sorted(const fkda_problem &p) {
   return p.cu_seqlens.data && p.N <= MAX_SORTED;
 }
 
-/* The block's i-th task; n < 0 if there is none. Tasks are dealt to blocks back and forth, longest first. */
+/* The i-th of the tasks that are dealt to block `block` of `blocks` back and forth. */
+__device__ __forceinline__ int64_t dealt_task(int64_t i, int block, int blocks) {
+  return i * blocks + (i & 1 ? blocks - 1 - block : block);
+}
+
+/* The block's i-th task; n < 0 if there is none. */
 template <class S>
 __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t i) {
   const fkda_problem &p = params.problem;
   const int64_t per_sequence = p.HV * params.value_split;
-  const int64_t position = i * gridDim.x + (i & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-  if (position >= p.N * per_sequence) {
+  const Deal &deal = shared.deal;
+  const bool rest = i >= deal.own;
+  const int64_t position =
+      rest ? deal.rest_begin + i - deal.own : dealt_task(i, blockIdx.x, gridDim.x);
+  if (rest && position >= deal.rest_end) {
     Task none;
     none.n = -1;
     none.chunks = 0;

@@ -28,11 +28,9 @@ namespace fkda {
 
 constexpr int ALIGNMENT = 2048; /* of the slots: a walk's xor reaches bit 10 */
 
-/* shared.order: a sequence's place is the number of those that are longer, or as long and before it. Lengths lie
- * where q will be. All threads of the block. */
+/* shared.order. */
 template <class S>
-__device__ __noinline__ void sort_sequences(const fkda_problem &p, Shared<S> &shared) {
-  if (!is_sorted(p)) return;
+__device__ void sort_sequences(const fkda_problem &p, Shared<S> &shared) {
   const int N = (int)p.N;
   int *lengths = reinterpret_cast<int *>(shared.slots[0]);
   for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
@@ -42,6 +40,88 @@ __device__ __noinline__ void sort_sequences(const fkda_problem &p, Shared<S> &sh
     int before = 0;
     for (int m = 0; m < N; ++m) before += lengths[m] > length || (lengths[m] == length && m < n);
     shared.order[before] = (uint16_t)n;
+  }
+}
+
+constexpr int TASK_COST = 3; /* chunks: what reading and writing a state takes beside the work on a chunk */
+constexpr int MAX_DEALT = 8; /* tasks a block, of which loads are added up; more come out even by themselves */
+
+/* shared.deal where short sequences stand beside longer ones: each block gets as many short tasks as lift its load, in chunks, to
+ * a level that is the same for all and just takes all of them. Every block computes the same; ints of its own lie behind
+ * the lengths. All threads of the block. */
+template <class S>
+__device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int *lengths,
+                            int64_t per_sequence) {
+  Deal &deal = shared.deal;
+  const int N = (int)p.N, blocks = gridDim.x, longer = deal.longer;
+  const int64_t dealt = longer * per_sequence, rest = N * per_sequence - dealt;
+  const int64_t work = rest * (TASK_COST + 1);
+  int *loads = reinterpret_cast<int *>(shared.slots[0]) + MAX_SORTED, *levels = loads + S::THREADS;
+  static_assert(sizeof(shared.slots[0]) >= (MAX_SORTED + 2 * S::THREADS) * sizeof(int), "scratch");
+  const int block = threadIdx.x;
+  if (block < blocks) {
+    int load = 0;
+    for (int64_t i = 0, task; (task = dealt_task(i, block, blocks)) < dealt; ++i)
+      load += (lengths[shared.order[task / per_sequence]] + CHUNK - 1) / CHUNK + TASK_COST;
+    loads[block] = load;
+  }
+  __syncthreads();
+  if (block < blocks) {
+    /* What fits below this block's load, and from there on with a part of the blocks: too high a level unless all
+     * that are lower count, and of those the lowest is the right one. */
+    const int load = loads[block];
+    int64_t room = 0;
+    int lower = 0;
+    for (int b = 0; b < blocks; ++b) {
+      if (loads[b] > load) continue;
+      room += load - loads[b];
+      ++lower;
+    }
+    levels[block] = room > work ? INT32_MAX : load + (int)((work - room + lower - 1) / lower);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int64_t before = 0, own = 0, all = 0;
+    int level = INT32_MAX;
+    for (int b = 0; b < blocks; ++b) level = levels[b] < level ? levels[b] : level;
+    for (int b = 0; b < blocks; ++b) {
+      const int room = level > loads[b] ? level - loads[b] : 0;
+      if (b < (int)blockIdx.x) before += room;
+      if (b == (int)blockIdx.x) own = room;
+      all += room;
+    }
+    deal.dealt = dealt;
+    deal.rest_begin = dealt + rest * before / all;
+    deal.rest_end = dealt + rest * (before + own) / all;
+  }
+}
+
+/* shared.order and shared.deal. A sequence's place is the number of those that are longer, or as long and before it.
+ * Lengths lie where q will be. All threads of the block. */
+template <class S>
+__device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shared<S> &shared) {
+  const fkda_problem &p = params.problem;
+  const int64_t per_sequence = p.HV * params.value_split;
+  const int N = (int)p.N;
+  Deal &deal = shared.deal;
+  if (threadIdx.x == 0) deal = {p.N * per_sequence, 0, 0, 0, 0};
+  if (is_sorted(p)) sort_sequences(p, shared);
+  __syncthreads();
+  if (is_sorted(p)) {
+    const int *lengths = reinterpret_cast<const int *>(shared.slots[0]);
+    for (int i = threadIdx.x; i < N; i += S::THREADS)
+      if (lengths[shared.order[i]] > CHUNK &&
+          (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
+        deal.longer = i + 1;
+    __syncthreads();
+    if (deal.longer && deal.longer < N && gridDim.x <= S::THREADS &&
+        deal.longer * per_sequence <= (int64_t)MAX_DEALT * gridDim.x)
+      share_short(p, shared, lengths, per_sequence);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int64_t rounds = deal.dealt / gridDim.x;
+    deal.own = (int)rounds + (dealt_task(rounds, blockIdx.x, gridDim.x) < deal.dealt);
   }
 }
 
@@ -82,7 +162,7 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
     typename Shared<S>::Handover &to = shared.handover[i / (2 * SQUARE / 16)];
     reinterpret_cast<uint4 *>(to.T_high)[i % (2 * SQUARE / 16)] = make_uint4(0, 0, 0, 0);
   }
-  sort_sequences(params.problem, shared);
+  deal_sequences(params, shared);
   fence_async();
   __syncthreads();
   if (threadIdx.x < S::FIRST_FACTOR) {

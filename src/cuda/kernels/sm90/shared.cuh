@@ -67,6 +67,13 @@ constexpr int SLICE_K = 0, SLICE_Q = TILE, SLICE_G = 2 * TILE, SLICE_G32 = 3 * T
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
+/* Which tasks are the block's. The first `dealt` ones, longest first, go to blocks back and forth; `own` of them are its.
+ * After them it does those from rest_begin to rest_end: short ones, more where the others leave time. */
+struct Deal {
+  int64_t dealt, rest_begin, rest_end;
+  int32_t own, longer; /* longer: sequences of more than a chunk */
+};
+
 template <class S>
 struct Shared {
   /* (9): T = diag(r) (I + A)^-1 diag(beta) as two bf16 parts, [j][i], r_i = 1/|k_i| or 1; P [i][j] */
@@ -100,6 +107,7 @@ struct Shared {
   Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
   Barrier task_full[TASKS], task_free[TASKS];
   Task tasks[TASKS];          /* n < 0: there is none any more */
+  Deal deal;
   uint16_t order[MAX_SORTED]; /* sequences, longest first */
 };
 
