@@ -32,6 +32,7 @@ set(FKDA_NVCC_MINIMUM 12.9)
 set(FKDA_NVCC_FLAGS -std=c++17 -O3 -Werror all-warnings -Xptxas -v)
 if(FLASHKDA_CUDA_RACECHECK)
   list(APPEND FKDA_NVCC_FLAGS -DFKDA_RACECHECK)
+  set(FLASHKDA_CUDA_ALLOW_SPILLS ON)
 endif()
 
 # Is there an nvcc that works? Sets FLASHKDA_NVCC and FKDA_NVCC_VERSION.
