@@ -442,7 +442,7 @@ static size_t build_decode(fkda_decode_args *a, sizes z) {
   if (two && states & 3 && states & 16) {
     MAKE(&a->num_accepted_tokens, INDEX, index_dtype(), z.N);
     for (int64_t n = 0; n < z.N; ++n)
-      set_entry(&a->num_accepted_tokens, n, 0, 1 + below((int)columns));
+      set_entry(&a->num_accepted_tokens, n, 0, 1 + (columns ? below((int)columns) : 0));
   }
   if (states & 32) MAKE(&a->has_initial_state, READ, FKDA_BOOL, z.N);
   if (odd()) a->write_state = below(4) == 3 ? -1 : 0;
