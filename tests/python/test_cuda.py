@@ -386,7 +386,7 @@ def test_strided_and_misaligned_inputs_give_the_same_bits(backend):
 def test_backward_of_strided_and_misaligned_tensors(backend):
     """The bits of contiguous ones on the same backend; gaps and rows around them stay as they are."""
     p = problem(B=2, T=77, H=3, HV=6, K=128, V=64)
-    expected = {name: Gradients(p).run(backend=name).results() for name in BACKENDS}
+    expected = {"portable": Gradients(p).run(backend="portable").results()}
 
     def check(call, *backends):
         assert call.backend() in backends

@@ -29,8 +29,8 @@ OPS = torch.ops.flash_kda
 FLA_TOLERANCE = 5e-3  # what FLA's tests ask of its kernels, against its recurrence in PyTorch
 
 
-def flags(p):
-    """FLA's names for the options of a problem."""
+def flags(p, with_tensors=True):
+    """FLA's names for the options of a problem; without tensors no array is touched."""
     gate = p.options.get("gate", "bounded")
     result = dict(
         use_qk_l2norm_in_kernel=True,
@@ -38,10 +38,11 @@ def flags(p):
         use_beta_sigmoid_in_kernel=p.options.get("beta_is_logit", True),
         allow_neg_eigval=p.options.get("allow_neg_eigval", False),
         lower_bound=-5.0 if gate == "bounded" else None,
-        cu_seqlens=on_device(p.cu_seqlens),
         output_final_state=True,
     )
-    if gate != "direct":
+    if with_tensors:
+        result.update(cu_seqlens=on_device(p.cu_seqlens))
+    if with_tensors and gate != "direct":
         result.update(A_log=on_device(p.A_log), dt_bias=on_device(p.dt_bias.reshape(-1)))
     return result
 
@@ -287,9 +288,7 @@ def leaves(p, device="cuda", dtype=None, wanted=NAMES):
 
 
 def run_leaves(p, x, **options):
-    flag = {**flags(p), **options}
-    for name in ("A_log", "dt_bias"):
-        flag.pop(name, None)
+    flag = {**flags(p, with_tensors=False), **options}
     if p.cu_seqlens is not None:
         flag["cu_seqlens"] = torch_of(p.cu_seqlens).to(x["q"].device)
     x = dict(x)
