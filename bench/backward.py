@@ -501,15 +501,9 @@ class Training(bench.Bench):
 
 # As in flash_kda.bench: compiled ahead, in processes of their own, what FLA's tuning will ask for.
 def prewarm_fla(H, ragged):
-    os.environ["FLA_CACHE_RESULTS"] = "0"
     import torch
-    from triton.runtime import driver
 
-    def launch_once(kernel_call, quantiles=None, **_):
-        kernel_call()
-        return [1.0] * len(quantiles) if quantiles else 1.0
-
-    driver.active.get_benchmarker = lambda: launch_once
+    bench.compile_without_timing()
     chunk_kda, _, _ = bench.load_fla()
     lens = (512, 300, 1024) if ragged else (1024,)
     clock = bench.CudaClock(torch, torch.cuda.current_device())

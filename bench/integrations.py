@@ -435,14 +435,7 @@ def names_of(options):
 
 def compile_fla(name, sizes):
     """In a process of its own: what tuning will ask for, compiled without being timed."""
-    os.environ["FLA_CACHE_RESULTS"] = "0"  # no choice made here may be kept
-    from triton.runtime import driver
-
-    def launch_once(kernel_call, quantiles=None, **_):
-        kernel_call()
-        return [1.0] * len(quantiles) if quantiles else 1.0
-
-    driver.active.get_benchmarker = lambda: launch_once
+    bench.compile_without_timing()
     torch.set_grad_enabled(False)
     model = MODELS[name](sizes, "cuda")
     run = Bench.__new__(Bench)  # its inputs only

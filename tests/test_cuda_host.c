@@ -215,7 +215,7 @@ enum {
   /* Prefill and decode are loaded together, in two images; the backward by itself. */
   PORTABLE_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
   PORTABLE_IMAGES = 2,
-  BACKWARD_KERNELS = 3 * COUNT(FKDA_BACKWARD_BY_K(ONE)) + 2 * COUNT(FKDA_BACKWARD_BY_K_V(ONE)),
+  BACKWARD_KERNELS = 4 * COUNT(FKDA_BACKWARD_BY_K(ONE)) + COUNT(FKDA_BACKWARD_BY_K_V(ONE)),
   SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE)),
   KERNELS = PORTABLE_KERNELS + BACKWARD_KERNELS + SM90_KERNELS,
 };
@@ -960,21 +960,17 @@ SCENARIO(backward_launches) {
   static const struct {
     int64_t N, H, HV, K, V;
     int split, stages;
-    const char *size, *walk; /* k128_v64 */
+    const char *size; /* k128_v64 */
   } cases[] = {
-      {1, 2, 2, 128, 128, 2, 6, "k128_v128", "k128_v64"},
-      {1, 32, 32, 128, 128, 2, 6, "k128_v128", "k128_v64"},
-      {1, 33, 33, 128, 128, 2, 6, "k128_v128", "k128_v64"},
-      {1, 34, 34, 128, 128, 2, 3, "k128_v128", "k128_v64"},
-      {2, 48, 96, 128, 128, 2, 2, "k128_v128", "k128_v64"},
-      {3, 2, 4, 64, 128, 2, 8, "k64_v128", "k64_v64"},
-      {3, 40, 40, 64, 64, 1, 4, "k64_v64", "k64_v64"},
-      {3, 60, 60, 64, 64, 1, 3, "k64_v64", "k64_v64"},
-      {1, 2, 2, 128, 64, 1, 6, "k128_v64", "k128_v64"},
+      {1, 2, 2, 128, 128, 2, 6, "k128_v128"},   {1, 32, 32, 128, 128, 2, 6, "k128_v128"},
+      {1, 33, 33, 128, 128, 2, 6, "k128_v128"}, {1, 34, 34, 128, 128, 2, 3, "k128_v128"},
+      {2, 48, 96, 128, 128, 2, 2, "k128_v128"}, {3, 2, 4, 64, 128, 2, 8, "k64_v128"},
+      {3, 40, 40, 64, 64, 1, 4, "k64_v64"},     {3, 60, 60, 64, 64, 1, 3, "k64_v64"},
+      {1, 2, 2, 128, 64, 1, 6, "k128_v64"},
   };
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
     const int64_t N = cases[i].N, H = cases[i].H, HV = cases[i].HV, K = cases[i].K, V = cases[i].V;
-    const int64_t part = V / cases[i].split, rows = 100 * N / FKDA_BACKWARD_BLOCK + N;
+    const int64_t rows = 100 * N / FKDA_BACKWARD_BLOCK + N;
     const int64_t walk = 2 * N * HV * cases[i].split;
     char name[64];
     fkda_backward_args a = backward(N, H, HV, K, V);
@@ -993,9 +989,9 @@ SCENARIO(backward_launches) {
     CHECK_INT(fake.launches, before + count);
     snprintf(name, sizeof name, "factors_k%d", (int)K);
     check_stage(launch_of(count, 0), name, 2 * rows * HV, FKDA_BACKWARD_FACTORS_THREADS, 0);
-    snprintf(name, sizeof name, "walk_%s", cases[i].walk);
-    check_stage(launch_of(count, 1), name, walk, (int)FKDA_BACKWARD_WALK_THREADS(part),
-                (int)FKDA_BACKWARD_WALK_SHARED(K, part, cases[i].stages));
+    snprintf(name, sizeof name, "walk_k%d", (int)K);
+    check_stage(launch_of(count, 1), name, walk, FKDA_BACKWARD_WALK_THREADS,
+                (int)FKDA_BACKWARD_WALK_SHARED(K, cases[i].stages));
     snprintf(name, sizeof name, "gradients_%s", cases[i].size);
     check_stage(launch_of(count, 2), name, rows * HV, (int)FKDA_BACKWARD_GRADIENTS_THREADS(K),
                 (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V));
@@ -1030,7 +1026,7 @@ SCENARIO(backward_shared_memory) {
   give_workspace(&a);
   CHECK_OK(fkda_backward(&a));
   CHECK_INT(backward_params(launch_of(4, 1)).stages, 2);
-  CHECK_INT(launch_of(4, 1)->shared, FKDA_BACKWARD_WALK_SHARED(128, 64, 2));
+  CHECK_INT(launch_of(4, 1)->shared, FKDA_BACKWARD_WALK_SHARED(128, 2));
   a = backward(1, 4, 4, 64, 64);
   give_workspace(&a);
   CHECK_OK(fkda_backward(&a));
@@ -1091,7 +1087,7 @@ SCENARIO(backward_of_nothing) {
   give_workspace(&a);
   CHECK_OK(fkda_backward(&a));
   CHECK_INT(fake.launches, 2);
-  CHECK_TEXT(launch_of(2, 0)->entry, "fkda_portable_backward_walk_k64_v64");
+  CHECK_TEXT(launch_of(2, 0)->entry, "fkda_portable_backward_walk_k64");
   CHECK_TEXT(launch_of(2, 1)->entry, "fkda_portable_backward_reduce_k64");
   CHECK_INT(backward_params(launch_of(2, 1)).rows, 0); /* nobody has made their sums */
   a.cu_seqlens.shape[0] = 1;

@@ -899,11 +899,9 @@ def peer_row(bench, fla, shape, rows):
         say(f"{shape.name:<20} {gate:<7} fla {ms:9.4f} ms, {times}")
 
 
-# Run in processes of their own, one for each head count and kind of batch: they compile what FLA's
-# tuning will ask for, without timing it, into Triton's cache. The tuning itself is then much shorter.
-def prewarm_fla(H, ragged):
+def compile_without_timing():
+    """From here on FLA's tuning launches every candidate once and times none. Before FLA is imported."""
     os.environ["FLA_CACHE_RESULTS"] = "0"  # no choice made here may be kept
-    import torch
     from triton.runtime import driver
 
     def launch_once(kernel_call, quantiles=None, **_):
@@ -911,6 +909,14 @@ def prewarm_fla(H, ragged):
         return [1.0] * len(quantiles) if quantiles else 1.0
 
     driver.active.get_benchmarker = lambda: launch_once
+
+
+# Run in processes of their own, one for each head count and kind of batch: they compile what FLA's
+# tuning will ask for, without timing it, into Triton's cache. The tuning itself is then much shorter.
+def prewarm_fla(H, ragged):
+    import torch
+
+    compile_without_timing()
     chunk_kda, _, _ = load_fla()
     lens = (512, 300, 1024) if ragged else (1024,)
     problem = Prefill(Shape("prewarm", lens, H), CudaClock(torch, torch.cuda.current_device()))

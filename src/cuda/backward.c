@@ -17,17 +17,17 @@ typedef enum stage { FACTORS, WALK, GRADIENTS, REDUCE, GROUP, STAGES } stage;
 #define ENTRY(stage, size) "fkda_portable_backward_" #stage "_" #size
 
 #define FACTORS_KERNEL(K) {"portable/backward_factors", ENTRY(factors, k##K)},
-#define WALK_KERNEL(K, part) {"portable/backward_walk", ENTRY(walk, k##K##_v##part)},
+#define WALK_KERNEL(K) {"portable/backward_walk", ENTRY(walk, k##K)},
 #define GRADIENTS_KERNEL(K, V) {"portable/backward_gradients", ENTRY(gradients, k##K##_v##V)},
 #define REDUCE_KERNEL(K) {"portable/backward_reduce", ENTRY(reduce, k##K)},
 #define GROUP_KERNEL(K) {"portable/backward_reduce", ENTRY(group, k##K)},
 
-static const fkda_cuda_kernel table[] = {BY_K(FACTORS_KERNEL) BY_K_V(WALK_KERNEL) BY_K_V(
+static const fkda_cuda_kernel table[] = {BY_K(FACTORS_KERNEL) BY_K(WALK_KERNEL) BY_K_V(
     GRADIENTS_KERNEL) BY_K(REDUCE_KERNEL) BY_K(GROUP_KERNEL)};
 
 /* Of each: the stage, K, and its value columns where it is made for a number of them. */
 #define FACTORS_SHAPE(K) {FACTORS, K, 0},
-#define WALK_SHAPE(K, part) {WALK, K, part},
+#define WALK_SHAPE(K) {WALK, K, 0},
 #define GRADIENTS_SHAPE(K, V) {GRADIENTS, K, V},
 #define REDUCE_SHAPE(K) {REDUCE, K, 0},
 #define GROUP_SHAPE(K) {GROUP, K, 0},
@@ -35,7 +35,7 @@ static const fkda_cuda_kernel table[] = {BY_K(FACTORS_KERNEL) BY_K_V(WALK_KERNEL
 static const struct {
   stage stage;
   int32_t K, columns;
-} shapes[] = {BY_K(FACTORS_SHAPE) BY_K_V(WALK_SHAPE) BY_K_V(GRADIENTS_SHAPE) BY_K(REDUCE_SHAPE)
+} shapes[] = {BY_K(FACTORS_SHAPE) BY_K(WALK_SHAPE) BY_K_V(GRADIENTS_SHAPE) BY_K(REDUCE_SHAPE)
                   BY_K(GROUP_SHAPE)};
 
 static int32_t kernel_of(stage stage, int32_t K, int32_t columns) {
@@ -52,16 +52,15 @@ static int32_t kernel_of(stage stage, int32_t K, int32_t columns) {
 #define STATIC_SHARED 1024 /* bytes at most that the walk has beside it */
 #define SYSTEM_SHARED 1024 /* bytes that a block on a processor costs besides */
 
-static int32_t stages_in(int32_t shared, int32_t K, int32_t part) {
-  const int32_t stages = (shared - STATIC_SHARED) / FKDA_BACKWARD_WALK_STAGE(K, part);
+static int32_t stages_in(int32_t shared, int32_t K) {
+  const int32_t stages = (shared - STATIC_SHARED) / FKDA_BACKWARD_WALK_STAGE(K);
   return stages < MOST_STAGES ? stages : MOST_STAGES;
 }
 
 static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
   const int32_t K = shapes[kernel].K, columns = shapes[kernel].columns;
   switch (shapes[kernel].stage) {
-    case WALK:
-      return FKDA_BACKWARD_WALK_SHARED(K, columns, stages_in(device->block_shared, K, columns));
+    case WALK: return FKDA_BACKWARD_WALK_SHARED(K, stages_in(device->block_shared, K));
     case GRADIENTS: return FKDA_BACKWARD_GRADIENTS_SHARED(K, columns);
     default: return 0;
   }
@@ -97,7 +96,7 @@ static int64_t walks_of(const fkda_problem *p) {
 
 /* A head's walk is a chain of chunks, in which only its value columns are independent: by parts of 64 of them, of
  * which a processor has registers for three. Each reads the head's factors. */
-static int32_t split_of(const fkda_problem *p) { return (int32_t)p->V / 64; }
+static int32_t split_of(const fkda_problem *p) { return (int32_t)p->V / FKDA_BACKWARD_WALK_PART; }
 
 static int64_t rows_of(const fkda_problem *p) {
   return fkda_portable_backward_rows(p->B, p->T, p->N);
@@ -128,14 +127,14 @@ static int32_t aligned_bf16(const fkda_rows *x) {
 static int32_t aligned(const fkda_rows *x) { return x->dtype && fkda_cuda_aligned(x); }
 
 /* Where there are more blocks than processors, two or three share one as far as there is room. */
-static int32_t stages_of(const fkda_cuda_device *device, int64_t blocks, int32_t K, int32_t part) {
+static int32_t stages_of(const fkda_cuda_device *device, int64_t blocks, int32_t K) {
   const int64_t processors = device->processors;
   int32_t together = 1 + (blocks > processors) + (blocks > 2 * processors);
   for (; together > 1; --together) {
     const int32_t room = device->processor_shared / together - SYSTEM_SHARED;
-    if (stages_in(room, K, part) >= LEAST_STAGES) return stages_in(room, K, part);
+    if (stages_in(room, K) >= LEAST_STAGES) return stages_in(room, K);
   }
-  return stages_in(device->block_shared, K, part);
+  return stages_in(device->block_shared, K);
 }
 
 fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *plan) {
@@ -144,7 +143,7 @@ fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *
   if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
 
   const work wanted = work_of(p);
-  const int32_t K = (int32_t)p->K, V = (int32_t)p->V, part = V / plan->value_split;
+  const int32_t K = (int32_t)p->K, V = (int32_t)p->V;
   const int64_t rows = rows_of(p), walk = plan->tasks;
   const bool some = wanted.any && p->B * p->T > 0 && p->N > 0; /* there may be tokens */
   const fkda_cuda_device *device = &driver->devices[p->device_id];
@@ -153,7 +152,7 @@ fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *
       .workspace = p->workspace,
       .rows = some ? rows : 0,
       .value_split = plan->value_split,
-      .stages = stages_of(device, walk, K, part),
+      .stages = stages_of(device, walk, K),
       .forward = wanted.tokens,
       .aligned_q = aligned_bf16(&p->q),
       .aligned_k = aligned_bf16(&p->k),
@@ -173,8 +172,8 @@ fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *
     int32_t threads, shared; /* shared 0: as the kernel has it */
   } stages[STAGES] = {
       {FACTORS, some, 0, 2 * rows * p->HV, FKDA_BACKWARD_FACTORS_THREADS, 0},
-      {WALK, wanted.any && walk, part, walk, FKDA_BACKWARD_WALK_THREADS(part),
-       FKDA_BACKWARD_WALK_SHARED(K, part, params.stages)},
+      {WALK, wanted.any && walk, 0, walk, FKDA_BACKWARD_WALK_THREADS,
+       FKDA_BACKWARD_WALK_SHARED(K, params.stages)},
       {GRADIENTS, some && wanted.tokens, V, rows * p->HV, FKDA_BACKWARD_GRADIENTS_THREADS(K), 0},
       {REDUCE, wanted.parameters, 0, p->HV, FKDA_BACKWARD_REDUCE_THREADS(K), 0},
       {GROUP, some && wanted.group, 0, rows * p->H, FKDA_BACKWARD_GROUP_THREADS, 0},

@@ -1,4 +1,4 @@
-/* What the prefill kernels share: small arithmetic, a block's task, states and checkpoints in memory. */
+/* What the CUDA kernels share: small arithmetic, the gates (2), a block's task, states and checkpoints in memory. */
 #ifndef FKDA_CUDA_DEVICE_CUH
 #define FKDA_CUDA_DEVICE_CUH
 

@@ -100,11 +100,11 @@ FKDA_HOST_DEVICE static inline int64_t fkda_portable_backward_workspace(int64_t 
 /* fkda_portable_backward_factors_k<K>: 2 * rows * HV blocks; shared memory is static. */
 #define FKDA_BACKWARD_FACTORS_THREADS 128
 
-/* fkda_portable_backward_walk_k<K>_v<part>, part = V / value_split of 64 or 128:
- * N * HV * value_split * (forward ? 2 : 1) blocks. */
-#define FKDA_BACKWARD_WALK_THREADS(part) (2 * (part))
-#define FKDA_BACKWARD_WALK_STAGE(K, part) (FKDA_BACKWARD_RECORD_BYTES(K) + 64 * (part))
-#define FKDA_BACKWARD_WALK_SHARED(K, part, stages) ((stages)*FKDA_BACKWARD_WALK_STAGE(K, part))
+/* fkda_portable_backward_walk_k<K>: N * HV * value_split * (forward ? 2 : 1) blocks. */
+#define FKDA_BACKWARD_WALK_PART 64 /* value columns of a block: value_split = V / 64 */
+#define FKDA_BACKWARD_WALK_THREADS (2 * FKDA_BACKWARD_WALK_PART)
+#define FKDA_BACKWARD_WALK_STAGE(K) (FKDA_BACKWARD_RECORD_BYTES(K) + 64 * FKDA_BACKWARD_WALK_PART)
+#define FKDA_BACKWARD_WALK_SHARED(K, stages) ((stages)*FKDA_BACKWARD_WALK_STAGE(K))
 
 /* fkda_portable_backward_gradients_k<K>_v<V>: rows * HV blocks. */
 #define FKDA_BACKWARD_GRADIENTS_THREADS(K) (4 * (K))

@@ -187,10 +187,12 @@ __device__ __forceinline__ float2 of_tokens(const char *vector, int n) {
   return *reinterpret_cast<const float2 *>(vector + 32 * n + 8 * (threadIdx.x & 3));
 }
 
-template <int K, int VP>
+constexpr int PART = FKDA_BACKWARD_WALK_PART; /* value columns of a block */
+
+template <int K>
 struct Walker {
-  static constexpr int THREADS = FKDA_BACKWARD_WALK_THREADS(VP);
-  static constexpr int STAGE = FKDA_BACKWARD_WALK_STAGE(K, VP);
+  static constexpr int THREADS = FKDA_BACKWARD_WALK_THREADS;
+  static constexpr int STAGE = FKDA_BACKWARD_WALK_STAGE(K);
   const Backward &x;
   const Walk &walk;
   char *ring;
@@ -207,7 +209,7 @@ struct Walker {
                FORWARD ? FKDA_BACKWARD_FORWARD_BYTES(K) : FKDA_BACKWARD_RECORD_BYTES(K), THREADS);
     const fkda_rows &rows = FORWARD ? p.v : p.d_out;
     const int64_t t = (int64_t)chunk * STEP, left = walk.span.length - t;
-    load_tile<STEP, VP, THREADS>(reinterpret_cast<bf16 *>(to + FKDA_BACKWARD_RECORD_BYTES(K)), rows,
+    load_tile<STEP, PART, THREADS>(reinterpret_cast<bf16 *>(to + FKDA_BACKWARD_RECORD_BYTES(K)), rows,
                                  row_of(rows, walk.span, t, walk.head) + walk.v_begin,
                                  (int)(left < STEP ? left : STEP),
                                  FORWARD ? x.aligned_v : x.aligned_d_out);
@@ -230,7 +232,7 @@ struct Walker {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t v[4];
-      load_square_transposed(v, tile(FKDA_BACKWARD_RECORD_BYTES(K)), h * (VP / 16) + warp);
+      load_square_transposed(v, tile(FKDA_BACKWARD_RECORD_BYTES(K)), h * (PART / 16) + warp);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int n = 2 * h + (i >> 1), j = 2 * (i & 1);
@@ -279,7 +281,7 @@ struct Walker {
     uint32_t d_out[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      load_square_transposed(d_out[h], tile(FKDA_BACKWARD_RECORD_BYTES(K)), h * (VP / 16) + warp);
+      load_square_transposed(d_out[h], tile(FKDA_BACKWARD_RECORD_BYTES(K)), h * (PART / 16) + warp);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const float2 norm = of_tokens(f + FKDA_BACKWARD_NORM_K(K), n);
@@ -365,7 +367,7 @@ struct Walker {
   }
 };
 
-template <int K, int VP>
+template <int K>
 __device__ __forceinline__ void run_walk(const Backward &x) {
   extern __shared__ __align__(128) char memory[];
   const fkda_problem &p = x.problem;
@@ -374,14 +376,14 @@ __device__ __forceinline__ void run_walk(const Backward &x) {
   const bool forward = id >= walks;
   if (forward) id -= walks;
   Walk walk;
-  walk.v_begin = (int)(id % x.value_split) * VP;
+  walk.v_begin = (int)(id % x.value_split) * PART;
   id /= x.value_split;
   walk.head = (int)(id % heads_of(p));
   walk.n = id / heads_of(p);
   walk.span = clamped_span(p, walk.n);
   walk.first = first_block(p, walk.span, walk.n);
   walk.chunks = (int)((walk.span.length + BLOCK_TOKENS - 1) / BLOCK_TOKENS) * (BLOCK_TOKENS / STEP);
-  Walker<K, VP> walker(x, walk, memory);
+  Walker<K> walker(x, walk, memory);
   if (forward)
     walker.template run<true>();
   else
@@ -393,15 +395,14 @@ __device__ __forceinline__ void run_walk(const Backward &x) {
 
 /* Blocks a processor: three of 71 KB fit Hopper's shared memory, and there the registers suffice without a spill. */
 #if __CUDA_ARCH__ == 900
-#define FKDA_BLOCKS(part) ((part) == 64 ? 3 : 1)
+#define FKDA_BLOCKS 3
 #else
-#define FKDA_BLOCKS(part) ((part) == 64 ? 2 : 1)
+#define FKDA_BLOCKS 2
 #endif
-#define FKDA_ENTRY(K, part)                                                                        \
-  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_WALK_THREADS(part),                   \
-                                               FKDA_BLOCKS(part))                                  \
-      fkda_portable_backward_walk_k##K##_v##part(                                                  \
+#define FKDA_ENTRY(K)                                                                              \
+  extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_WALK_THREADS, FKDA_BLOCKS)            \
+      fkda_portable_backward_walk_k##K(                                                            \
           const __grid_constant__ fkda_portable_backward_params x) {                               \
-    fkda::run_walk<K, part>(x);                                                                    \
+    fkda::run_walk<K>(x);                                                                          \
   }
-FKDA_BACKWARD_BY_K_V(FKDA_ENTRY)
+FKDA_BACKWARD_BY_K(FKDA_ENTRY)

@@ -136,11 +136,10 @@ __device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot
  * brings them anew. `sums`: what the thread's channels decay by in its half, `first_half` in the first. Registers are
  * short: own[128 e] is the thread's accumulator e. */
 template <class S>
-__device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params,
-                                                  Shared<S> &shared, const Task &task, int begin,
-                                                  int stage, const Gate (&gate)[2],
-                                                  const float *sums, const float *first_half,
-                                                  float *own) {
+__device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params, Shared<S> &shared,
+                                                  const Task &task, int begin, int stage,
+                                                  const Gate (&gate)[2], const float *sums,
+                                                  const float *first_half, float *own) {
   const fkda_problem &p = params.problem;
   const auto group = [] { return fresh_warp() / 4 - S::STATE_GROUPS; };
   const auto channel_of = [] { return 32 * (fresh_warp() & 3) + 2 * (fresh_lane() & 15); };
@@ -178,8 +177,7 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
         const bool mine = width == CHUNK || (row & width ? !back : back);
         if (!mine) continue;
         if (width < CHUNK && (row & (width - 1)) == (back ? width - 1 : 0)) sum[0] = sum[1] = 0;
-        const uint32_t slice =
-            address(shared.slots[stage]) + channel_of() / 64 * S::SLICE;
+        const uint32_t slice = address(shared.slots[stage]) + channel_of() / 64 * S::SLICE;
         const uint32_t at = slice + in_tile(row, channel_of() & 63);
         uint32_t k = load_shared(at + SLICE_K), q = load_shared(at + SLICE_Q);
         float2 raw;
@@ -327,13 +325,14 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
                                                        sum[1] - shift >= -ANCHOR_RANGE));
           if (by_levels) {
             if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
-            float *sums = &(lane < 16 ? to.first_half : to.second_half)[32 * warp + 2 * (lane & 15)];
+            float *sums =
+                &(lane < 16 ? to.first_half : to.second_half)[32 * warp + 2 * (lane & 15)];
             if (active) sums[0] = sum[0] - shift, sums[1] = sum[1] - shift;
             float *own = &shared.by_levels[group][0][threadIdx.x % 128];
             factors_by_levels<S>(params, shared, task, chunk * CHUNK, ring.stage, gate, sums,
                                  to.first_half, own);
             __syncwarp(); /* the other half of the warp has read the sums */
-          if (active) sum[0] = sums[0], sum[1] = sums[1];
+            if (active) sum[0] = sums[0], sum[1] = sums[1];
 #pragma unroll
             for (int e = 0; e < 16; ++e) square[e] = own[e * 128];
           } else {
@@ -407,7 +406,8 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
           for (int i = 0; i < 8; ++i)
             cosine = fmaxf(cosine, fabsf(square[i]) * largest[i >> 1 & 1]);
           const bool any = __any_sync(0xffffffffu, cosine > 0.5f);
-          const bool throughout = __all_sync(0xffffffffu, cosine > 0.5f); /* two rows and four columns a lane */
+          const bool throughout =
+              __all_sync(0xffffffffu, cosine > 0.5f); /* two rows and four columns a lane */
           if (lane == 0) to.collinear = any + throughout;
         }
         arrive_warp(shared.L_full[count % SOLVERS]);

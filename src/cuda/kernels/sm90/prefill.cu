@@ -43,8 +43,10 @@ __device__ void sort_sequences(const fkda_problem &p, Shared<S> &shared) {
   }
 }
 
-constexpr int TASK_COST = 3; /* chunks: what reading and writing a state takes beside the work on a chunk */
-constexpr int MAX_DEALT = 8; /* tasks a block, of which loads are added up; more come out even by themselves */
+constexpr int TASK_COST =
+    3; /* chunks: what reading and writing a state takes beside the work on a chunk */
+constexpr int MAX_DEALT =
+    8; /* tasks a block, of which loads are added up; more come out even by themselves */
 
 /* shared.deal where short sequences stand beside longer ones: each block gets as many short tasks as lift its load, in chunks, to
  * a level that is the same for all and just takes all of them. Every block computes the same; ints of its own lie behind
@@ -110,8 +112,7 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
   if (is_sorted(p)) {
     const int *lengths = reinterpret_cast<const int *>(shared.slots[0]);
     for (int i = threadIdx.x; i < N; i += S::THREADS)
-      if (lengths[shared.order[i]] > CHUNK &&
-          (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
+      if (lengths[shared.order[i]] > CHUNK && (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
         deal.longer = i + 1;
     __syncthreads();
     if (deal.longer && deal.longer < N && gridDim.x <= S::THREADS &&

@@ -80,25 +80,27 @@ struct Shared {
   struct Handover {
     char T_high[SQUARE], T_low[SQUARE], P[SQUARE];
     float to_anchor[S::K], to_end[S::K]; /* e^m, e^{G_C-m}; 1 in a chunk by levels: */
-    float first_half[S::BOUNDED ? 0 : S::K], second_half[S::BOUNDED ? 0 : S::K]; /* these two there */
-    float norm_k[CHUNK], norm_q[CHUNK];  /* r, and scale/|q| (1) or scale */
-    float column[CHUNK];                 /* r beta */
-    float reach[4];                      /* of each factor warp: the largest exponent of K^, log2 */
-    uint32_t collinear;                  /* are keys of the two halves nearly parallel? 1: some, 2: most */
+    float first_half[S::BOUNDED ? 0 : S::K],
+        second_half[S::BOUNDED ? 0 : S::K]; /* these two there */
+    float norm_k[CHUNK], norm_q[CHUNK];     /* r, and scale/|q| (1) or scale */
+    float column[CHUNK];                    /* r beta */
+    float reach[4];     /* of each factor warp: the largest exponent of K^, log2 */
+    uint32_t collinear; /* are keys of the two halves nearly parallel? 1: some, 2: most */
     float guard;        /* a v of more than |guard| may overflow; negative: collinear */
     uint32_t by_levels; /* are its gates too strong for one anchor? */
     float unused[25];   /* squares begin at multiples of 512 bytes */
   };
-  struct Tokens {                   /* of a factor group: */
-    float square[S::SLICES][CHUNK]; /* each slice's part of |q|^2 */
+  struct Tokens {                    /* of a factor group: */
+    float square[S::SLICES][CHUNK];  /* each slice's part of |q|^2 */
     float product[S::SLICES][CHUNK]; /* and of q k */
-    float beta[CHUNK];              /* (3) */
+    float beta[CHUNK];               /* (3) */
   };
   char slots[S::SLOTS][S::SLOT];
   char values[S::VALUES][S::VALUE];
   Handover handover[S::HANDOVERS];
   Tokens tokens[S::FACTOR_GROUPS][2]; /* on alternate chunks of the group */
-  float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16][128]; /* accumulators, a thread's 16, in chunks by levels */
+  float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16]
+                 [128];               /* accumulators, a thread's 16, in chunks by levels */
   float L[SOLVERS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
   Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
   Barrier L_full[SOLVERS], L_free[SOLVERS];
@@ -106,7 +108,7 @@ struct Shared {
   Barrier value_full[S::VALUES], value_out[S::VALUES];
   Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
   Barrier task_full[TASKS], task_free[TASKS];
-  Task tasks[TASKS];          /* n < 0: there is none any more */
+  Task tasks[TASKS]; /* n < 0: there is none any more */
   Deal deal;
   uint16_t order[MAX_SORTED]; /* sequences, longest first */
 };

@@ -27,9 +27,10 @@ __device__ __forceinline__ void decay_in_place(float (&s)[K / 2], const float *d
 #pragma unroll
   for (int n = 0; n < K / 8; ++n) {
     const float2 d = load_shared_pair(at + 32 * n);
-    asm volatile("mul.f32 %0, %0, %4;\n mul.f32 %1, %1, %5;\n mul.f32 %2, %2, %4;\n mul.f32 %3, %3, %5;"
-                 : "+f"(s[4 * n]), "+f"(s[4 * n + 1]), "+f"(s[4 * n + 2]), "+f"(s[4 * n + 3])
-                 : "f"(d.x), "f"(d.y));
+    asm volatile(
+        "mul.f32 %0, %0, %4;\n mul.f32 %1, %1, %5;\n mul.f32 %2, %2, %4;\n mul.f32 %3, %3, %5;"
+        : "+f"(s[4 * n]), "+f"(s[4 * n + 1]), "+f"(s[4 * n + 2]), "+f"(s[4 * n + 3])
+        : "f"(d.x), "f"(d.y));
   }
 }
 
@@ -48,7 +49,7 @@ __device__ __forceinline__ void rest_of_keys(const fkda_problem &p, const Task &
   const auto sync = [] {
     cutlass::arch::NamedBarrier::sync(32 * S::STATE_WARPS, S::FACTOR_GROUPS);
   };
-  sync();     /* K' is free */
+  sync(); /* K' is free */
   int thread; /* anew: threadIdx.x would hold a register from the top of the chunk on, and there is none left */
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   const int warp = thread / 32, lane = thread & 31;
@@ -62,14 +63,14 @@ __device__ __forceinline__ void rest_of_keys(const fkda_problem &p, const Task &
     if (p.dt_bias.data)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        bias[i] = load_float(p.dt_bias.data, p.dt_bias.dtype,
-                             (int64_t)task.head * S::K + channel + i);
+        bias[i] =
+            load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)task.head * S::K + channel + i);
     const int mode = S::BOUNDED ? FKDA_GATE_BOUNDED : p.gate;
     const Gate gate[2] = {{p, mode, exp_A, bias[0]}, {p, mode, exp_A, bias[1]}};
     const float step = (behind ? 1.0f : -1.0f) * (S::BOUNDED ? gate[0].factor : 1.0f);
     const int64_t g_first = first_row(p.g, task, task.head) + done * p.g.stride_t + channel;
-    const bf16 *k_first = static_cast<const bf16 *>(p.k.data) +
-                          first_row(p.k, task, task.qk_head) + done * p.k.stride_t + channel;
+    const bf16 *k_first = static_cast<const bf16 *>(p.k.data) + first_row(p.k, task, task.qk_head) +
+                          done * p.k.stride_t + channel;
     const int left = task.length - done;
     constexpr int BATCH = 4;
 #pragma unroll 1
@@ -183,178 +184,180 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       Ring<S::SLOTS / 2> in;
 #pragma unroll 1
       do {
-      const int lane = fresh_lane();
-      in = half_of(ring);
-      in.stage = uniform(in.stage);
-      const typename Shared<S>::Handover &f = shared.handover[in.stage];
-      const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
-      char *tile = shared.values[in.stage] + matrix_at;
-      wait(shared.handover_full[in.stage], in.parity);
-      const float guard = f.guard;
+        const int lane = fresh_lane();
+        in = half_of(ring);
+        in.stage = uniform(in.stage);
+        const typename Shared<S>::Handover &f = shared.handover[in.stage];
+        const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+        char *tile = shared.values[in.stage] + matrix_at;
+        wait(shared.handover_full[in.stage], in.parity);
+        const float guard = f.guard;
 
-      /* S1 = S e^m, as operand */
-      uint32_t a[K / 4];
-      decay_state<K>(s, f.to_anchor, lane);
+        /* S1 = S e^m, as operand */
+        uint32_t a[K / 4];
+        decay_state<K>(s, f.to_anchor, lane);
 #pragma unroll
-      for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
-      float x[16], o[16];
-      const uint64_t K_rows = tile_descriptor(slot + SLICE_K);
-      fence(a);
-      cute::warpgroup_arrive();
+        for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
+        float x[16], o[16];
+        const uint64_t K_rows = tile_descriptor(slot + SLICE_K);
+        fence(a);
+        cute::warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < K; k += 16)
-        multiply<Major::K>(x, a + k / 4, K_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
-      cute::warpgroup_commit_batch();
+        for (int k = 0; k < K; k += 16)
+          multiply<Major::K>(x, a + k / 4, K_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
+        cute::warpgroup_commit_batch();
 #pragma unroll
-      for (int k = 0; k < K; k += 16)
-        multiply<Major::K>(o, a + k / 4, K_rows + (k / 64 * S::SLICE + SLICE_Q + k % 64 * 2) / 16,
-                           k > 0);
-      cute::warpgroup_commit_batch();
+        for (int k = 0; k < K; k += 16)
+          multiply<Major::K>(o, a + k / 4, K_rows + (k / 64 * S::SLICE + SLICE_Q + k % 64 * 2) / 16,
+                             k > 0);
+        cute::warpgroup_commit_batch();
 
-      /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
-      uint32_t w[8], w_low[8];
-      const auto load_v = [&](int i) {
-        cute::SM75_U16x8_LDSM_T::copy(
-            *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
-            w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
-        if (left < CHUNK) /* nothing of what lies behind the sequence */
+        /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
+        uint32_t w[8], w_low[8];
+        const auto load_v = [&](int i) {
+          cute::SM75_U16x8_LDSM_T::copy(
+              *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
+              w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+          if (left < CHUNK) /* nothing of what lies behind the sequence */
 #pragma unroll
-          for (int n = 2 * i; n < 2 * i + 2; ++n) {
-            const int j = 8 * n + 2 * (lane & 3);
-            const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
-            w[2 * n] &= mask, w[2 * n + 1] &= mask;
-          }
-        if (S::STATE_GROUPS == 1)
+            for (int n = 2 * i; n < 2 * i + 2; ++n) {
+              const int j = 8 * n + 2 * (lane & 3);
+              const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
+              w[2 * n] &= mask, w[2 * n + 1] &= mask;
+            }
+          if (S::STATE_GROUPS == 1)
 #pragma unroll
-          for (int n = 4 * i; n < 4 * i + 4; ++n)
-            seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
-      };
-      wait(shared.value_full[in.stage], in.parity);
-      load_v(0);
-      if (S::STATE_GROUPS == 1) load_v(1);
-      if (S::STATE_GROUPS ==
-          1) { /* alone: Q' goes on meanwhile. Two groups lack the registers, and have each other */
-        cute::warpgroup_wait<1>();
-      } else {
-        cute::warpgroup_wait<0>();
-        fence(o);
-      }
-      fence(x);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if (S::STATE_GROUPS == 2 && n == 2) load_v(1);
-        const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint32_t v = w[2 * n + h];
-          const float w0 = fmaf(-r.x, x[4 * n + 2 * h], low_of(v));
-          const float w1 = fmaf(-r.y, x[4 * n + 2 * h + 1], high_of(v));
-          w[2 * n + h] = pack(w0, w1);
-          w_low[2 * n + h] = pack_rest(w0, w1, w[2 * n + h]);
+            for (int n = 4 * i; n < 4 * i + 4; ++n)
+              seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
+        };
+        wait(shared.value_full[in.stage], in.parity);
+        load_v(0);
+        if (S::STATE_GROUPS == 1) load_v(1);
+        if (S::STATE_GROUPS ==
+            1) { /* alone: Q' goes on meanwhile. Two groups lack the registers, and have each other */
+          cute::warpgroup_wait<1>();
+        } else {
+          cute::warpgroup_wait<0>();
+          fence(o);
         }
-      }
-      /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
-      const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
-      fence(w);
-      fence(w_low);
-      cute::warpgroup_arrive();
-      multiply<Major::MN>(x, w_low, T_high, false);
-      multiply<Major::MN>(x, w_low + 4, T_high + 64, true);
-      multiply<Major::MN>(x, w, T_low, true);
-      multiply<Major::MN>(x, w + 4, T_low + 64, true);
-      multiply<Major::MN>(x, w, T_high, true);
-      multiply<Major::MN>(x, w + 4, T_high + 64, true);
-      cute::warpgroup_commit_batch();
-      /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
+        fence(x);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (S::STATE_GROUPS == 2 && n == 2) load_v(1);
+          const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t v = w[2 * n + h];
+            const float w0 = fmaf(-r.x, x[4 * n + 2 * h], low_of(v));
+            const float w1 = fmaf(-r.y, x[4 * n + 2 * h + 1], high_of(v));
+            w[2 * n + h] = pack(w0, w1);
+            w_low[2 * n + h] = pack_rest(w0, w1, w[2 * n + h]);
+          }
+        }
+        /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
+        const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
+        fence(w);
+        fence(w_low);
+        cute::warpgroup_arrive();
+        multiply<Major::MN>(x, w_low, T_high, false);
+        multiply<Major::MN>(x, w_low + 4, T_high + 64, true);
+        multiply<Major::MN>(x, w, T_low, true);
+        multiply<Major::MN>(x, w + 4, T_low + 64, true);
+        multiply<Major::MN>(x, w, T_high, true);
+        multiply<Major::MN>(x, w + 4, T_high + 64, true);
+        cute::warpgroup_commit_batch();
+        /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
      * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
      * remember it, and look at W. */
-      if (S::STATE_GROUPS == 1) {
-        huge = __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
-      } else {
-        __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
+        if (S::STATE_GROUPS == 1) {
+          huge =
+              __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
+        } else {
+          __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
 #pragma unroll
-        for (int i = 1; i < 8; ++i)
-          largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
-        huge = __any_sync(0xffffffffu,
-                          fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
-      }
-      cute::warpgroup_wait<0>();
-      fence(x);
-      if (huge) {
-        scale_in_place(x, 0x1p-96f);
-        scale_in_place(o, 0x1p-96f);
-        scale_in_place(s, 0x1p-96f);
-      }
+          for (int i = 1; i < 8; ++i)
+            largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
+          huge = __any_sync(0xffffffffu,
+                            fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
+        }
+        cute::warpgroup_wait<0>();
+        fence(x);
+        if (huge) {
+          scale_in_place(x, 0x1p-96f);
+          scale_in_place(o, 0x1p-96f);
+          scale_in_place(s, 0x1p-96f);
+        }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
-      /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
+        for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
+        /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
        * decayed to the end of each half before it takes U of it. */
-      const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
-      halfway = by_levels() || (left_at_next == left - HALF && left > HALF);
-      if (by_levels()) decay_in_place<K>(s, f.first_half);
-      uint32_t u_second[4];
+        const auto by_levels = [&] {
+          return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0;
+        };
+        halfway = by_levels() || (left_at_next == left - HALF && left > HALF);
+        if (by_levels()) decay_in_place<K>(s, f.first_half);
+        uint32_t u_second[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
+        for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
 
-      /* (11) O += U P^T, (12) S += U K^ */
-      const uint64_t P = T_high + 2 * SQUARE / 16;
-      const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
-      const uint64_t K_second = K_first + HALF * 128 / 16;
-      /* Nearly parallel keys: what U loses by rounding adds up in S, and O is the small sum of large terms. So its
+        /* (11) O += U P^T, (12) S += U K^ */
+        const uint64_t P = T_high + 2 * SQUARE / 16;
+        const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
+        const uint64_t K_second = K_first + HALF * 128 / 16;
+        /* Nearly parallel keys: what U loses by rounding adds up in S, and O is the small sum of large terms. So its
        * rest follows, and below that of K^. */
-      if (guard < 0) {
-        uint32_t rest[8], rest_second[4];
+        if (guard < 0) {
+          uint32_t rest[8], rest_second[4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
+          for (int i = 0; i < 8; ++i) rest[i] = pack_rest(x[2 * i], x[2 * i + 1], u[i]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) rest_second[i] = halfway ? 0 : rest[4 + i];
-        fence(rest);
-        fence(rest_second);
+          for (int i = 0; i < 4; ++i) rest_second[i] = halfway ? 0 : rest[4 + i];
+          fence(rest);
+          fence(rest_second);
+          fence(o);
+          fence(s);
+          cute::warpgroup_arrive();
+          multiply<Major::K>(o, rest, P, true);
+          multiply<Major::K>(o, rest + 4, P + 2, true);
+          multiply<Major::MN>(s, rest, K_first, true);
+          multiply<Major::MN>(s, rest_second, K_second, true);
+          cute::warpgroup_commit_batch();
+          cute::warpgroup_wait<0>();
+        }
+        fence(u);
+        fence(u_second);
         fence(o);
         fence(s);
         cute::warpgroup_arrive();
-        multiply<Major::K>(o, rest, P, true);
-        multiply<Major::K>(o, rest + 4, P + 2, true);
-        multiply<Major::MN>(s, rest, K_first, true);
-        multiply<Major::MN>(s, rest_second, K_second, true);
+        multiply<Major::K>(o, u, P, true);
+        multiply<Major::K>(o, u + 4, P + 2, true);
         cute::warpgroup_commit_batch();
+        multiply<Major::MN>(s, u, K_first, true);
+        multiply<Major::MN>(s, u_second, K_second, true);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();
+        fence(o);
+        uint32_t out[8];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
+          if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
+          out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
+          out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          cute::SM90_U16x8_STSM_T::copy(
+              out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
+              *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
+        fence_async();
+        arrive_warp(shared.value_out[in.stage]);
         cute::warpgroup_wait<0>();
-      }
-      fence(u);
-      fence(u_second);
-      fence(o);
-      fence(s);
-      cute::warpgroup_arrive();
-      multiply<Major::K>(o, u, P, true);
-      multiply<Major::K>(o, u + 4, P + 2, true);
-      cute::warpgroup_commit_batch();
-      multiply<Major::MN>(s, u, K_first, true);
-      multiply<Major::MN>(s, u_second, K_second, true);
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<1>();
-      fence(o);
-      uint32_t out[8];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
-        if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
-        out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
-        out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        cute::SM90_U16x8_STSM_T::copy(
-            out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
-            *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
-      fence_async();
-      arrive_warp(shared.value_out[in.stage]);
-      cute::warpgroup_wait<0>();
-      fence(s);
-      const bool parallel =
-          guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2;
-      rare = huge || halfway || parallel;
-      if (rare) break;
-      finish(in, false);
+        fence(s);
+        const bool parallel = guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2;
+        rare = huge || halfway || parallel;
+        if (rare) break;
+        finish(in, false);
       } while (left > 0 && left > left_at_next);
       if (!rare) continue;
 
@@ -392,7 +395,8 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         fence(second);
         fence(s);
         cute::warpgroup_arrive();
-        multiply<Major::MN>(s, second, tile_descriptor(slot + SLICE_G + HALF * 128, S::SLICE), true);
+        multiply<Major::MN>(s, second, tile_descriptor(slot + SLICE_G + HALF * 128, S::SLICE),
+                            true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         if (parallel) {
