@@ -140,7 +140,8 @@ def chunk_kda(
     initial one. Rows of out that belong to no sequence hold anything. Strides are free; tensors whose
     innermost dimension is not contiguous are copied.
 
-    Differentiable by every floating-point input, through out and the final state. No second derivatives. float64 runs on the reference backend (for torch.autograd.gradcheck).
+    Differentiable by every floating-point input, through out and the final state. No second derivatives.
+    float64 runs on the reference backend (for torch.autograd.gradcheck).
 
     Raises ValueError, TypeError or RuntimeError as flash_kda.fwd does, and NotImplementedError where
     gradients are needed that cannot be computed, or cp_context is given.
