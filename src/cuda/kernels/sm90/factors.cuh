@@ -234,7 +234,6 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
 template <class S>
 __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
   const fkda_problem &p = params.problem;
-  static_assert(S::HANDOVERS == S::SLOTS / 2, "one ring for two");
   const int first = threadIdx.x / 128 - S::STATE_GROUPS;
   Ring<S::SLOTS> ring;
   ring.next(first);
@@ -284,7 +283,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
           raw_beta = load_beta((chunk + S::FACTOR_GROUPS) * CHUNK + lane);
         }
         wait(shared.slot_full[ring.stage], ring.parity);
-        const Ring<S::HANDOVERS> out = half_of(ring);
+        const Ring<S::HANDOVERS> out = place_in<S::HANDOVERS>(ring);
         const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
         typename Shared<S>::Handover &to = shared.handover[out.stage];
         if (left < CHUNK) {
@@ -344,7 +343,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
       }
 
       const int warp = fresh_warp() & 3, lane = fresh_lane();
-      const Ring<S::HANDOVERS> out = half_of(ring);
+      const Ring<S::HANDOVERS> out = place_in<S::HANDOVERS>(ring);
       typename Shared<S>::Handover &to = shared.handover[out.stage];
       typename Shared<S>::Tokens &tokens =
           shared.tokens[fresh_warp() / 4 - S::STATE_GROUPS][count / S::FACTOR_GROUPS & 1];
@@ -365,8 +364,10 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
         if (lane == 0) to.reach[warp] = __int_as_float(reach);
         if (!S::BOUNDED && threadIdx.x % 128 == 0) to.by_levels = by_levels;
       }
-      if (count >= SOLVERS) wait(shared.L_free[count % SOLVERS], (count / SOLVERS & 1) ^ 1);
-      if (warp >= 2) arrive_warp(shared.L_full[count % SOLVERS]); /* the solver needs its reach */
+      const uint32_t system = count % S::SYSTEMS, turn = count / S::SYSTEMS;
+      if (turn) wait(shared.L_free[system], (turn & 1) ^ 1);
+      if (warp >= 2)
+        arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]); /* the solver needs its reach */
       if (S::BOUNDED) {
         cute::warpgroup_wait<0>();
         fence(square);
@@ -396,7 +397,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
           for (int n = 0; n < 4; ++n) {
             const int j = 8 * n + t;
             if (n < 2 || warp == 1)
-              *reinterpret_cast<float2 *>(&shared.L[count % SOLVERS][i][j]) =
+              *reinterpret_cast<float2 *>(&shared.L[system][i][j]) =
                   make_float2(row * square[4 * n + 2 * h], row * square[4 * n + 2 * h + 1]);
           }
         }
@@ -410,7 +411,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
               __all_sync(0xffffffffu, cosine > 0.5f); /* two rows and four columns a lane */
           if (lane == 0) to.collinear = any + throughout;
         }
-        arrive_warp(shared.L_full[count % SOLVERS]);
+        arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]);
       } else { /* P = lower(Q' K^^T) */
         if (warp == 3) {
           const float scale = (float)p.scale;

@@ -27,6 +27,7 @@
 namespace fkda {
 
 constexpr int ALIGNMENT = 2048; /* of the slots: a walk's xor reaches bit 10 */
+constexpr int ALIGNED = 1024;   /* `memory` is already */
 
 /* shared.order. */
 template <class S>
@@ -147,10 +148,8 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
     }
     if (!S::BOUNDED)
       for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);
-    for (int i = 0; i < SOLVERS; ++i) {
-      init_warps(shared.L_full[i], 4);
-      init_warps(shared.L_free[i], 1);
-    }
+    for (int i = 0; i < S::SYSTEM_TURNS; ++i) init_warps(shared.L_full[i], 4);
+    for (int i = 0; i < S::SYSTEMS; ++i) init_warps(shared.L_free[i], 1);
     for (int i = 0; i < TASKS; ++i) {
       shared.task_full[i].init(1);
       init_warps(shared.task_free[i], S::CONSUMER_WARPS);
@@ -185,8 +184,9 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
       fkda_sm90_prefill_k##K##_v##part##suffix(const __grid_constant__ fkda_sm90_params params) {  \
     using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2, bounded>;                            \
     static_assert(S::THREADS == FKDA_SM90_PREFILL_THREADS, "threads");                             \
-    static_assert(sizeof(fkda::Shared<S>) + fkda::ALIGNMENT <= FKDA_SM90_PREFILL_SHARED,           \
-                  "shared memory");                                                                \
+    static_assert(                                                                                 \
+        sizeof(fkda::Shared<S>) + fkda::ALIGNMENT - fkda::ALIGNED <= FKDA_SM90_PREFILL_SHARED,     \
+        "shared memory");                                                                          \
     fkda::prefill<S>(params);                                                                      \
   }
 FKDA_SM90_PREFILL_LIST(FKDA_ENTRY)

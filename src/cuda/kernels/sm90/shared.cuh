@@ -50,16 +50,23 @@ struct Shape {
   static constexpr int STATE_WARPS = 4 * STATE_GROUPS;
   static constexpr int CONSUMER_WARPS =
       STATE_WARPS + 4 * FACTOR_GROUPS + SOLVERS + 1; /* of tasks */
-  static constexpr int SLOTS = GATE_BYTES == 2 || K == 64 ? 6 : 4, VALUES = SLOTS / 2,
-                       HANDOVERS = SLOTS / 2;
+  static constexpr int SLOTS = GATE_BYTES == 2 || K == 64 ? 6 : 4, VALUES = SLOTS / 2;
+  /* A handover is held from the squares on, over the solver's time and the state's: as many as slots where memory
+   * allows. */
+  static constexpr int HANDOVERS = V == 64 && BOUNDED ? SLOTS : SLOTS / 2;
+  /* Places for L. Those who wait for one must do so in turn, since a barrier tells one phase from the next only: either
+   * the same group comes again, or it has waited for the handover of the use before. For the same reason a place has a
+   * barrier for each solver that comes to it. */
+  static constexpr int SYSTEMS = FACTOR_GROUPS < HANDOVERS ? FACTOR_GROUPS : HANDOVERS;
+  static constexpr int SYSTEM_TURNS = SYSTEMS % SOLVERS ? SYSTEMS * SOLVERS : SYSTEMS;
   static constexpr int SLICES = K / 64; /* of 64 channels: tiles of k, q, g one after the other */
   static constexpr int SLICE = GATE_BYTES == 2 ? 3 * TILE : 5 * TILE;
   static constexpr int SLOT = SLICES * SLICE;
   static constexpr int VALUE = STATE_GROUPS * TILE;
   /* setmaxnreg shares out what the block was launched with: the sum over its five warpgroups is at most 5 * 96. */
   static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 136 : 160) : 184;
-  static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 80 : 56) : 80;
-  static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? 48 : 56;
+  static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 72 : 56) : 80;
+  static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 64 : 48) : 56;
 };
 
 /* Offsets of the tiles of a slice. K^ replaces a g of bf16; one of f32 comes in two tiles of its own. */
@@ -100,10 +107,10 @@ struct Shared {
   Handover handover[S::HANDOVERS];
   Tokens tokens[S::FACTOR_GROUPS][2]; /* on alternate chunks of the group */
   float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16]
-                 [128];               /* accumulators, a thread's 16, in chunks by levels */
-  float L[SOLVERS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
+                 [128];                  /* accumulators, a thread's 16, in chunks by levels */
+  float L[S::SYSTEMS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
   Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
-  Barrier L_full[SOLVERS], L_free[SOLVERS];
+  Barrier L_full[S::SYSTEM_TURNS], L_free[S::SYSTEMS];
   Barrier reloaded[S::BOUNDED ? 0 : S::FACTOR_GROUPS]; /* k and q, in chunks by levels */
   Barrier value_full[S::VALUES], value_out[S::VALUES];
   Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
@@ -124,11 +131,12 @@ struct Ring {
   }
 };
 
-/* A place in a ring of SLOTS is one in a ring of half as many. */
-template <int STAGES>
-__device__ __forceinline__ Ring<STAGES / 2> half_of(const Ring<STAGES> &ring) {
-  const bool second = ring.stage >= STAGES / 2;
-  return {ring.stage - (second ? STAGES / 2 : 0), second};
+/* A place in a ring is one in a ring of half as many, too. */
+template <int TO, int STAGES>
+__device__ __forceinline__ Ring<TO> place_in(const Ring<STAGES> &ring) {
+  static_assert(TO == STAGES || TO == STAGES / 2, "the ring or half of it");
+  const bool second = ring.stage >= TO;
+  return {ring.stage - (second ? TO : 0), TO == STAGES ? ring.parity : second};
 }
 
 /* The compiler may move memory accesses across neither of these. */

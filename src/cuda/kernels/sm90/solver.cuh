@@ -113,34 +113,37 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
   }
   __syncwarp();
   {
-    Split<4> a;
+    Split<4> a, y; /* y: T11^T L21^T, 8 columns after the other */
     const float2 a0 = pair_at(g, t), a2 = pair_at(g, 8 + t), a3 = pair_at(8 + g, 8 + t);
     a.set(0, a0.x, a0.y), a.clear(1), a.set(2, a2.x, a2.y), a.set(3, a3.x, a3.y);
-    float y[2][4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    y.clear(0), y.clear(1), y.clear(2), y.clear(3);
+    /* Loops, for the sake of the instruction cache, which all roles share. */
+#pragma unroll 1
+    for (int n = 0; n < 16; n += 8) {
       Split<2> b;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float2 L21 = pair_at(16 + 8 * n + g, t + 8 * i);
+        const float2 L21 = pair_at(16 + n + g, t + 8 * i);
         b.set(i, L21.x, L21.y);
       }
-      multiply_split(y[n], a, b);
+      float d[4];
+      multiply_split(d, a, b);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        y.high[i] = y.high[i + 2], y.low[i] = y.low[i + 2];
+        y.set(i + 2, d[2 * i], d[2 * i + 1]);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a.set(i, y[i >> 1][2 * (i & 1)], y[i >> 1][2 * (i & 1) + 1]);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
+#pragma unroll 1
+    for (int n = 0; n < 16; n += 8) {
       Split<2> b;
-      b.set(0, L[16 + t][16 + 8 * n + g], L[16 + t + 1][16 + 8 * n + g]);
-      if (n)
-        b.set(1, L[24 + t][24 + g], L[24 + t + 1][24 + g]);
-      else
-        b.clear(1); /* above T's diagonal */
+      b.set(0, L[16 + t][16 + n + g], L[16 + t + 1][16 + n + g]);
+      b.set(1, n ? L[24 + t][24 + g] : 0,
+            n ? L[24 + t + 1][24 + g] : 0); /* nothing above T's diagonal */
       float z[4];
-      multiply_split(z, a, b);
-      store_pair(16 + 8 * n + t, g, z[0], z[1]);
-      store_pair(16 + 8 * n + t, g + 8, z[2], z[3]);
+      multiply_split(z, y, b);
+      store_pair(16 + n + t, g, z[0], z[1]);
+      store_pair(16 + n + t, g + 8, z[2], z[3]);
     }
   }
 }
@@ -150,16 +153,18 @@ template <class S>
 __device__ void solve(Shared<S> &shared, int solver) {
   Ring<S::SLOTS> ring;
   ring.next(solver);
-  int chunk = solver; /* of its task; may lie beyond it, in the next */
-  uint32_t parity = 0;
+  int chunk = solver;      /* of its task; may lie beyond it, in the next */
+  uint32_t count = solver; /* chunks of the block before this one */
   each_task(shared, [&](const Task &task, int) {
 #pragma unroll 1
-    for (; chunk < task.chunks; chunk += SOLVERS, ring.next(SOLVERS), parity ^= 1) {
+    for (; chunk < task.chunks; chunk += SOLVERS, ring.next(SOLVERS), count += SOLVERS) {
       const int lane = fresh_lane();
-      const Ring<S::HANDOVERS> out = half_of(ring);
-      wait_idly(shared.L_full[solver], parity);
+      const Ring<S::HANDOVERS> out = place_in<S::HANDOVERS>(ring);
+      const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
+      const int turn = S::SYSTEM_TURNS == SOLVERS ? solver : count % S::SYSTEM_TURNS;
+      wait_idly(shared.L_full[turn], count / S::SYSTEM_TURNS & 1);
       typename Shared<S>::Handover &to = shared.handover[out.stage];
-      invert(shared.L[solver], to, lane);
+      invert(shared.L[system], to, lane);
       if (lane == 0) {
         const float4 reach = *reinterpret_cast<const float4 *>(to.reach);
         const float most = fmaxf(fmaxf(reach.x, reach.y), fmaxf(reach.z, reach.w));
@@ -168,7 +173,7 @@ __device__ void solve(Shared<S> &shared, int solver) {
         to.guard = to.collinear ? -limit : limit;
       }
       fence_async();
-      arrive_warp(shared.L_free[solver]);
+      arrive_warp(shared.L_free[system]);
       arrive_warp(shared.handover_full[out.stage]);
     }
     chunk -= task.chunks;

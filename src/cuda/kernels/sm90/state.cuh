@@ -124,7 +124,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     matrix_at =
         warp / 4 * TILE + in_tile((lane & 7) + ((lane >> 4) << 3), 16 * (warp & 3) + (lane & 8));
   }
-  static_assert(S::VALUES == S::SLOTS / 2 && S::HANDOVERS == S::SLOTS / 2, "one ring for three");
+  constexpr bool ALONE = S::STATE_GROUPS == 1;
   Ring<S::SLOTS> ring;
   each_task(shared, [&](const Task &task, int) {
     const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
@@ -137,7 +137,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
 #pragma unroll
       for (int i = 0; i < K / 2; ++i) s[i] = 0;
     __nv_bfloat162 seen = __float2bfloat162_rn(0); /* the largest |v| so far, and |S| at first */
-    if (S::STATE_GROUPS == 1) {
+    if (ALONE) {
       float most = 0;
 #pragma unroll
       for (int i = 0; i < K / 2; ++i) most = fmaxf(most, fabsf(s[i]));
@@ -156,19 +156,58 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       left_at_next = task.length - checkpoints.next;
     };
 
+    /* A factor group may ask for a handover only when its use before the last is over (a barrier's parity tells no
+     * more): with as many handovers as groups its own last turn says so, else the slot must. */
+    constexpr bool SLOT_LAST = S::FACTOR_GROUPS > S::HANDOVERS;
     /* The last of a chunk: places given back, S decayed to the chunk's end. */
-    const auto finish = [&](const Ring<S::SLOTS / 2> &in, bool huge) {
-      const typename Shared<S>::Handover &f = shared.handover[in.stage];
-      /* A factor group may ask for a handover only when its use before the last is over (a barrier's parity tells no
-       * more): with as many handovers as groups its own last turn says so, else the slot must. */
-      constexpr bool SLOT_LAST = S::FACTOR_GROUPS > S::HANDOVERS;
+    const auto finish = [&](bool huge) {
+      const int stage = place_in<S::HANDOVERS>(ring).stage;
       if (!SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
-      decay_state<K>(s, f.to_end, fresh_lane());
+      decay_state<K>(s, shared.handover[stage].to_end, fresh_lane());
       if (huge) scale_in_place(s, 0x1p96f);
-      arrive_warp(shared.handover_free[in.stage]);
+      arrive_warp(shared.handover_free[stage]);
       if (SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
       left -= CHUNK;
       ring.next();
+    };
+
+    uint32_t a[K / 4]; /* S1 = S e^m, as operand */
+    float o[16];
+    const auto begin = [&] {
+      const Ring<S::HANDOVERS> in = place_in<S::HANDOVERS>(ring);
+      wait(shared.handover_full[in.stage], in.parity);
+      decay_state<K>(s, shared.handover[in.stage].to_anchor, fresh_lane());
+#pragma unroll
+      for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
+    };
+    /* O, as it is to be, in the place of v. */
+    const auto hand_out = [&](const Ring<S::SLOTS> &from, bool huge) {
+      const int lane = fresh_lane(), place = place_in<S::VALUES>(from).stage;
+      const float *norms = shared.handover[place_in<S::HANDOVERS>(from).stage].norm_q;
+      char *tile = shared.values[place] + matrix_at;
+      uint32_t out[8];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        float2 r = *reinterpret_cast<const float2 *>(&norms[8 * n + 2 * (lane & 3)]);
+        if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
+        out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
+        out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        cute::SM90_U16x8_STSM_T::copy(
+            out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
+            *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
+      fence_async();
+      arrive_warp(shared.value_out[place]);
+    };
+    /* O = S1 Q'^T */
+    const auto start_queries = [&](uint32_t slot) {
+      const uint64_t Q_rows = tile_descriptor(slot + SLICE_Q);
+#pragma unroll
+      for (int k = 0; k < K; k += 16)
+        multiply<Major::K>(o, a + k / 4, Q_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
+      cute::warpgroup_commit_batch();
     };
 
     /* What seldom happens to a chunk stands behind the loop over ordinary ones: a jump across it would make each
@@ -181,24 +220,18 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       }
       uint32_t u[8];
       bool huge, halfway, rare;
-      Ring<S::SLOTS / 2> in;
+      int before = -1; /* the slot of the chunk whose o is still in registers */
+      if (ALONE) begin();
 #pragma unroll 1
-      do {
+      for (;;) {
+        if (!ALONE) begin();
         const int lane = fresh_lane();
-        in = half_of(ring);
-        in.stage = uniform(in.stage);
-        const typename Shared<S>::Handover &f = shared.handover[in.stage];
         const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
-        char *tile = shared.values[in.stage] + matrix_at;
-        wait(shared.handover_full[in.stage], in.parity);
+        const int place = uniform(place_in<S::HANDOVERS>(ring).stage);
+        const typename Shared<S>::Handover &f = shared.handover[place];
         const float guard = f.guard;
 
-        /* S1 = S e^m, as operand */
-        uint32_t a[K / 4];
-        decay_state<K>(s, f.to_anchor, lane);
-#pragma unroll
-        for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
-        float x[16], o[16];
+        float x[16];
         const uint64_t K_rows = tile_descriptor(slot + SLICE_K);
         fence(a);
         cute::warpgroup_arrive();
@@ -206,15 +239,21 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         for (int k = 0; k < K; k += 16)
           multiply<Major::K>(x, a + k / 4, K_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
         cute::warpgroup_commit_batch();
-#pragma unroll
-        for (int k = 0; k < K; k += 16)
-          multiply<Major::K>(o, a + k / 4, K_rows + (k / 64 * S::SLICE + SLICE_Q + k % 64 * 2) / 16,
-                             k > 0);
-        cute::warpgroup_commit_batch();
+        if (!ALONE) {
+          start_queries(slot);
+        } else if (before >= 0) {
+          const Ring<S::SLOTS> last = {before, 0};
+          hand_out(last, false);
+          arrive_warp(shared.handover_free[place_in<S::HANDOVERS>(last).stage]);
+          if (SLOT_LAST) arrive_warp(shared.slot_free[before]);
+        }
 
         /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
         uint32_t w[8], w_low[8];
         const auto load_v = [&](int i) {
+          char *tile =
+              shared.values[S::VALUES == S::HANDOVERS ? place : place_in<S::VALUES>(ring).stage] +
+              matrix_at;
           cute::SM75_U16x8_LDSM_T::copy(
               *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
               w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
@@ -225,25 +264,21 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
               const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
               w[2 * n] &= mask, w[2 * n + 1] &= mask;
             }
-          if (S::STATE_GROUPS == 1)
+          if (ALONE)
 #pragma unroll
             for (int n = 4 * i; n < 4 * i + 4; ++n)
               seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
         };
-        wait(shared.value_full[in.stage], in.parity);
+        const Ring<S::VALUES> value = place_in<S::VALUES>(ring);
+        wait(shared.value_full[value.stage], value.parity);
         load_v(0);
-        if (S::STATE_GROUPS == 1) load_v(1);
-        if (S::STATE_GROUPS ==
-            1) { /* alone: Q' goes on meanwhile. Two groups lack the registers, and have each other */
-          cute::warpgroup_wait<1>();
-        } else {
-          cute::warpgroup_wait<0>();
-          fence(o);
-        }
+        if (ALONE) load_v(1);
+        cute::warpgroup_wait<0>();
+        if (!ALONE) fence(o);
         fence(x);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          if (S::STATE_GROUPS == 2 && n == 2) load_v(1);
+          if (!ALONE && n == 2) load_v(1);
           const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -258,6 +293,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
         fence(w);
         fence(w_low);
+        if (ALONE) fence(a);
         cute::warpgroup_arrive();
         multiply<Major::MN>(x, w_low, T_high, false);
         multiply<Major::MN>(x, w_low + 4, T_high + 64, true);
@@ -266,12 +302,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         multiply<Major::MN>(x, w, T_high, true);
         multiply<Major::MN>(x, w + 4, T_high + 64, true);
         cute::warpgroup_commit_batch();
+        if (ALONE) start_queries(slot); /* behind U, which is waited for */
         /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
-     * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
-     * remember it, and look at W. */
-        if (S::STATE_GROUPS == 1) {
+         * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
+         * remember it, and look at W. */
+        if (ALONE) {
           huge =
               __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
+          cute::warpgroup_wait<1>();
         } else {
           __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
 #pragma unroll
@@ -279,10 +317,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
             largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
           huge = __any_sync(0xffffffffu,
                             fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
+          cute::warpgroup_wait<0>();
         }
-        cute::warpgroup_wait<0>();
         fence(x);
         if (huge) {
+          if (ALONE) {
+            cute::warpgroup_wait<0>();
+            fence(o);
+          }
           scale_in_place(x, 0x1p-96f);
           scale_in_place(o, 0x1p-96f);
           scale_in_place(s, 0x1p-96f);
@@ -290,7 +332,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
         /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
-       * decayed to the end of each half before it takes U of it. */
+         * decayed to the end of each half before it takes U of it. */
         const auto by_levels = [&] {
           return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0;
         };
@@ -305,7 +347,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
         const uint64_t K_second = K_first + HALF * 128 / 16;
         /* Nearly parallel keys: what U loses by rounding adds up in S, and O is the small sum of large terms. So its
-       * rest follows, and below that of K^. */
+         * rest follows, and below that of K^. */
         if (guard < 0) {
           uint32_t rest[8], rest_second[4];
 #pragma unroll
@@ -326,7 +368,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         }
         fence(u);
         fence(u_second);
-        fence(o);
+        if (!ALONE) fence(o);
         fence(s);
         cute::warpgroup_arrive();
         multiply<Major::K>(o, u, P, true);
@@ -335,35 +377,64 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         multiply<Major::MN>(s, u, K_first, true);
         multiply<Major::MN>(s, u_second, K_second, true);
         cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<1>();
-        fence(o);
-        uint32_t out[8];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          float2 r = *reinterpret_cast<const float2 *>(&f.norm_q[8 * n + 2 * (lane & 3)]);
-          if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
-          out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
-          out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          cute::SM90_U16x8_STSM_T::copy(
-              out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
-              *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
-        fence_async();
-        arrive_warp(shared.value_out[in.stage]);
-        cute::warpgroup_wait<0>();
-        fence(s);
         const bool parallel = guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2;
         rare = huge || halfway || parallel;
+        const bool last = left <= CHUNK || left - CHUNK <= left_at_next;
+        if (ALONE) {
+          if (!rare && !last) {
+            /* On to the next chunk's S1 at once, by two factors: their product may underflow where S does not. O is
+             * handed out when X of that chunk is on its way. */
+            const int lane = fresh_lane();
+            float2 end[K / 8];
+#pragma unroll
+            for (int n = 0; n < K / 8; ++n)
+              end[n] = *reinterpret_cast<const float2 *>(&f.to_end[8 * n + 2 * (lane & 3)]);
+            before = ring.stage;
+            left -= CHUNK;
+            ring.next();
+            const Ring<S::HANDOVERS> next = place_in<S::HANDOVERS>(ring);
+            wait(shared.handover_full[next.stage], next.parity);
+            const float *anchor = shared.handover[next.stage].to_anchor;
+            cute::warpgroup_wait<0>();
+            fence(s);
+            fence(o);
+            if (!SLOT_LAST) arrive_warp(shared.slot_free[before]);
+#pragma unroll
+            for (int n = 0; n < K / 8; ++n) {
+              const float2 d = *reinterpret_cast<const float2 *>(&anchor[8 * n + 2 * (lane & 3)]);
+              s[4 * n] = s[4 * n] * end[n].x * d.x;
+              s[4 * n + 1] = s[4 * n + 1] * end[n].y * d.y;
+              s[4 * n + 2] = s[4 * n + 2] * end[n].x * d.x;
+              s[4 * n + 3] = s[4 * n + 3] * end[n].y * d.y;
+              a[2 * n] = pack(s[4 * n], s[4 * n + 1]);
+              a[2 * n + 1] = pack(s[4 * n + 2], s[4 * n + 3]);
+            }
+            continue;
+          }
+        } else {
+          cute::warpgroup_wait<1>();
+          fence(o);
+          hand_out(ring, huge);
+        }
+        cute::warpgroup_wait<0>();
+        fence(s);
         if (rare) break;
-        finish(in, false);
-      } while (left > 0 && left > left_at_next);
+        if (ALONE) {
+          fence(o);
+          hand_out(ring, false);
+        }
+        finish(false);
+        if (last) break;
+      }
       if (!rare) continue;
 
-      const typename Shared<S>::Handover &f = shared.handover[in.stage];
+      const typename Shared<S>::Handover &f = shared.handover[place_in<S::HANDOVERS>(ring).stage];
       const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
       const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+      if (ALONE) {
+        fence(o);
+        hand_out(ring, huge);
+      }
       const bool parallel = f.guard < 0 && !by_levels() && f.collinear == 2;
       uint32_t second[4];
 #pragma unroll
@@ -408,7 +479,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         }
         fence(s);
       }
-      finish(in, huge);
+      finish(huge);
     }
   });
 }
