@@ -5,6 +5,7 @@
  * library itself does for each tensor.
  */
 #include <pthread.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -61,6 +62,8 @@
   X(d_initial_state, "None")                                                                       \
   X(M, "None")                                                                                     \
   X(b, "None")                                                                                     \
+  X(use_gate_in_kernel, "False")                                                                   \
+  X(state_v_first, "False")                                                                        \
   X(output_final_state, "False")                                                                   \
   X(op, "'prefill'")                                                                               \
   X(T_total, "None")                                                                               \
@@ -119,9 +122,11 @@ SIGNATURE(backward, 10, 13, P_q, P_k, P_v, P_g, P_beta, P_scale, P_d_out, P_A_lo
           P_lower_bound, P_initial_state, P_d_final_state, P_cu_seqlens, COMMON_OPTIONS,
           P_checkpoint_state, P_checkpoint_every, P_d_q, P_d_k, P_d_v, P_d_g, P_d_beta, P_d_A_log,
           P_d_dt_bias, P_d_initial_state, P_workspace, P_backend);
-/* What chunk_kda() and fused_recurrent_kda() call first, see results_of(). */
+/* What chunk_kda() and fused_recurrent_kda() call first, see results_of(): l2norm and beta_is_logit have
+ * longer names there. */
 SIGNATURE(results, 17, 17, P_q, P_k, P_v, P_g, P_beta, P_scale, P_A_log, P_dt_bias, P_lower_bound,
-          P_initial_state, P_cu_seqlens, COMMON_OPTIONS, P_output_final_state);
+          P_initial_state, P_cu_seqlens, P_use_gate_in_kernel, P_l2norm, P_beta_is_logit,
+          P_allow_neg_eigval, P_state_v_first, P_output_final_state);
 SIGNATURE(summary, 6, 10, P_k, P_v, P_g, P_beta, P_M, P_b, P_A_log, P_dt_bias, P_lower_bound,
           P_cu_seqlens, COMMON_OPTIONS, P_workspace, P_backend);
 /* All that fwd() and decode() take, and of backward() the inputs. */
@@ -162,7 +167,7 @@ static int find_keyword(const signature *s, PyObject *name, int start) {
 static int parse(call *c, const signature *s, PyObject *const *args, Py_ssize_t count,
                  PyObject *keywords) {
   memset(c->value, 0, sizeof c->value);
-  memset(&c->tensors, 0, sizeof c->tensors);
+  memset(&c->tensors, 0, offsetof(tensors, held));
   if (count > s->positional) {
     PyErr_Format(PyExc_TypeError, "%s() takes at most %d positional arguments (%zd given)", s->name,
                  s->positional, count);
@@ -352,7 +357,8 @@ static void assume_out(const fkda_tensor *v, fkda_tensor *out) {
 
 static int read_prefill(call *c, bool run) {
   fkda_prefill_args *a = &c->args.prefill;
-  *a = FKDA_PREFILL_ARGS_INIT;
+  memset(a, 0, sizeof *a);
+  FKDA_PREFILL_ARGS_DEFAULTS(*a);
   READ(q);
   READ_COMMON();
   TRY(read_tensor(c, P_out, run, &a->out));
@@ -375,7 +381,8 @@ static int read_prefill(call *c, bool run) {
 
 static int read_decode(call *c, bool run) {
   fkda_decode_args *a = &c->args.decode;
-  *a = FKDA_DECODE_ARGS_INIT;
+  memset(a, 0, sizeof *a);
+  FKDA_DECODE_ARGS_DEFAULTS(*a);
   READ(q);
   READ_COMMON();
   TRY(read_tensor(c, P_out, run, &a->out));
@@ -393,7 +400,8 @@ static int read_decode(call *c, bool run) {
 
 static int read_backward(call *c, bool run) {
   fkda_backward_args *a = &c->args.backward;
-  *a = FKDA_BACKWARD_ARGS_INIT;
+  memset(a, 0, sizeof *a);
+  FKDA_BACKWARD_ARGS_DEFAULTS(*a);
   READ(q);
   READ_COMMON();
   TRY(read_scale(c, &a->scale));
@@ -418,7 +426,8 @@ static int read_backward(call *c, bool run) {
 
 static int read_summary(call *c) {
   fkda_summary_args *a = &c->args.summary;
-  *a = FKDA_SUMMARY_ARGS_INIT;
+  memset(a, 0, sizeof *a);
+  FKDA_SUMMARY_ARGS_DEFAULTS(*a);
   READ_COMMON();
   READ(cu_seqlens);
   WRITE(M);
@@ -551,11 +560,16 @@ static int allocate_workspace(call *c) {
   return 0;
 }
 
+/* With a workspace where that is wanted. Afterwards an exception may be set, too. */
+static fkda_status run_with_workspace(call *c) {
+  const fkda_status status = run_without_gil(c);
+  return status == FKDA_ERROR_WORKSPACE && !allocate_workspace(c) ? run_without_gil(c) : status;
+}
+
 /* The result of a call whose arguments were read with `failed`; `result` is borrowed. */
 static PyObject *finish(call *c, int failed, PyObject *result) {
   if (!failed) {
-    fkda_status status = run_without_gil(c);
-    if (status == FKDA_ERROR_WORKSPACE && !allocate_workspace(c)) status = run_without_gil(c);
+    const fkda_status status = run_with_workspace(c);
     if (PyErr_Occurred()) {
       failed = -1;
     } else if (status != FKDA_OK) {
@@ -610,40 +624,82 @@ static PyObject *summary(PyObject *self, PyObject *const *args, Py_ssize_t count
 
 /* ---- the short way of flash_kda.functional ----------------------------------------------------- */
 
-/* From ops.py: torch.Tensor, torch.empty_like, and functions of torch with what they answer where its
+enum { TORCH_STATES = 8 };
+
+/* What ops.py says of torch: the class, functions, keywords for a contiguous empty_like() and for a new_empty()
+ * of float32, and functions with what they answer (None, False, 0, of which there is one each) where torch's
  * dispatcher would do nothing but call us. */
 static struct {
   PyTypeObject *tensor;
+  PyObject *is_grad_enabled;
   PyObject *empty_like;
-  PyObject *states; /* ((function, answer), ...) */
+  PyObject *contiguous;
+  PyObject *float32;
+  PyObject *state[TORCH_STATES];
+  PyObject *plain[TORCH_STATES];
+  int states;
 } torch;
+static PyObject *str_requires_grad, *str_new_empty;
 
 static PyObject *set_torch(PyObject *self, PyObject *args) {
   (void)self;
-  PyObject *tensor, *empty_like, *states;
-  if (!PyArg_ParseTuple(args, "OOO!", &tensor, &empty_like, &PyTuple_Type, &states)) return NULL;
-  Py_INCREF(tensor), Py_INCREF(empty_like), Py_INCREF(states); /* for the process */
-  torch.empty_like = empty_like;
-  torch.states = states;
-  torch.tensor = (PyTypeObject *)tensor;
+  PyObject *states;
+  if (!PyArg_ParseTuple(args, "OOOOOO!", &torch.tensor, &torch.is_grad_enabled, &torch.empty_like,
+                        &torch.contiguous, &torch.float32, &PyTuple_Type, &states)) {
+    return NULL;
+  }
+  torch.states = 0;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(states); i++) {
+    if (torch.states == TORCH_STATES ||
+        !PyArg_ParseTuple(PyTuple_GetItem(states, i), "OO", &torch.state[i], &torch.plain[i])) {
+      return NULL;
+    }
+    torch.states++;
+  }
+  Py_INCREF(args); /* with all that it holds, for the process */
   Py_RETURN_NONE;
 }
 
-/* Tensors of the plain type, and torch in its plain state? */
+/* Does the function answer this? */
+static bool answers(PyObject *function, const PyObject *expected) {
+  PyObject *answer = PyObject_CallNoArgs(function);
+  Py_XDECREF(answer);
+  return answer && answer == expected;
+}
+
+static bool requires_grad(const call *c) {
+  static const parameter tensors[] = {P_q,     P_k,      P_v, P_g, P_beta, P_initial_state,
+                                      P_A_log, P_dt_bias};
+  for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+    if (!given(c, tensors[i])) continue;
+    PyObject *needed = PyObject_GetAttr(c->value[tensors[i]], str_requires_grad);
+    Py_XDECREF(needed);
+    if (needed != Py_False) return true;
+  }
+  return false;
+}
+
+/* Tensors of the plain type without gradients, and torch in its plain state? */
 static bool is_plain(const call *c) {
   static const parameter tensors[] = {P_q, P_k, P_v, P_g, P_beta};
-  if (!torch.tensor) return false;
+  if (!torch.states) return false;
   for (int i = 0; i < 5; i++)
     if (Py_TYPE(c->value[tensors[i]]) != torch.tensor) return false;
   if (given(c, P_initial_state) && Py_TYPE(c->value[P_initial_state]) != torch.tensor) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(torch.states); i++) {
-    PyObject *pair = PyTuple_GetItem(torch.states, i);
-    PyObject *answer = PyObject_CallNoArgs(PyTuple_GetItem(pair, 0));
-    Py_XDECREF(answer);
-    if (!answer || answer != PyTuple_GetItem(pair, 1))
-      return false; /* None, False, 0: singletons */
+  for (int i = 0; i < torch.states; i++)
+    if (!answers(torch.state[i], torch.plain[i])) return false;
+  return answers(torch.is_grad_enabled, Py_False) || !requires_grad(c);
+}
+
+/* FLA's gate arguments as ours, which functional.gate_of() does for every other call; -1: not usual. */
+static int32_t read_gate(call *c) {
+  const PyObject *in_kernel = c->value[P_use_gate_in_kernel];
+  if (in_kernel == Py_True) {
+    if (given(c, P_lower_bound)) return FKDA_GATE_BOUNDED;
+    return given(c, P_A_log) ? FKDA_GATE_SOFTPLUS : -1;
   }
-  return true;
+  c->value[P_A_log] = c->value[P_dt_bias] = c->value[P_lower_bound] = NULL;
+  return in_kernel == Py_False ? FKDA_GATE_DIRECT : -1;
 }
 
 static bool is_contiguous(const fkda_tensor *t) {
@@ -656,34 +712,65 @@ static bool is_contiguous(const fkda_tensor *t) {
   return dense || elements == 0; /* strides of what is empty say nothing */
 }
 
-static PyObject *empty_like(call *c, PyObject *object, fkda_tensor *tensor) {
-  PyObject *result = PyObject_CallFunctionObjArgs(torch.empty_like, object, NULL);
-  if (result && tensors_read(&c->tensors, "out", result, true, tensor)) Py_CLEAR(result);
+/* A new tensor like `object`, which was read into `like`, contiguous. */
+static PyObject *empty_like(PyObject *object, const fkda_tensor *like) {
+  PyObject *args = PyTuple_Pack(1, object);
+  PyObject *result =
+      args ? PyObject_Call(torch.empty_like, args, is_contiguous(like) ? NULL : torch.contiguous)
+           : NULL;
+  Py_XDECREF(args);
+  return result;
+}
+
+/* A new final state of float32 for these tensors. Where they do not fit each other, what takes it refuses. */
+static PyObject *new_state(const call *c, const fkda_tensor *q, const fkda_tensor *v,
+                           const fkda_tensor *cu_seqlens, bool v_first) {
+  if (q->ndim != 4 || v->ndim != 4) return NULL;
+  const int64_t N = cu_seqlens && cu_seqlens->dtype ? cu_seqlens->shape[0] - 1 : v->shape[0];
+  const int64_t K = q->shape[3], V = v->shape[3];
+  PyObject *shape = Py_BuildValue("(LLLL)", (long long)N, (long long)v->shape[2],
+                                  (long long)(v_first ? V : K), (long long)(v_first ? K : V));
+  PyObject *method = shape ? PyObject_GetAttr(c->value[P_v], str_new_empty) : NULL;
+  PyObject *result = method ? PyObject_Call(method, shape, torch.float32) : NULL;
+  Py_XDECREF(method);
+  Py_XDECREF(shape);
   return result;
 }
 
 /* The usual call with its results allocated, in microseconds less than Python needs for it. Whatever is
- * not usual, float64 and errors included, is left to ops.py: NotImplemented. */
+ * not usual, float64 and errors included, is left to functional.py and ops.py: NotImplemented. */
 static PyObject *results_of(PyObject *const *args, Py_ssize_t count, PyObject *keywords, bool few) {
   call c;
   if (parse(&c, &results_signature, args, count, keywords)) return NULL;
   PyObject *out = NULL, *final = NULL, *result = NULL;
   fkda_prefill_args *p = &c.args.prefill;
   fkda_decode_args *d = &c.args.decode;
+  const PyObject *first = c.value[P_state_v_first];
   PyObject *wanted = c.value[P_output_final_state];
-  const bool store = wanted == Py_True, clear = store || wanted == Py_False;
+  const bool store = wanted == Py_True, v_first = first == Py_True;
+  const int32_t gate = read_gate(&c);
   c.value[P_write_state] = wanted;
-  if (clear && is_plain(&c) && !(few ? read_decode(&c, true) : read_prefill(&c, true))) {
+  if (gate >= 0 && (store || wanted == Py_False) && (v_first || first == Py_False) &&
+      (c.value[P_allow_neg_eigval] == Py_False || c.value[P_beta_is_logit] == Py_True) &&
+      is_plain(&c) && !(few ? read_decode(&c, true) : read_prefill(&c, true))) {
     const fkda_tensor *v = few ? &d->v : &p->v;
     const fkda_tensor *initial = few ? &d->initial_state : &p->initial_state;
-    const bool usual =
-        is_contiguous(v) && v->dtype != FKDA_F64 &&
-        (initial->dtype ? !store || (initial->dtype == FKDA_F32 && is_contiguous(initial))
-                        : !store && !few);
-    if (usual) out = empty_like(&c, c.value[P_v], few ? &d->out : &p->out);
-    if (out && store)
-      final = empty_like(&c, c.value[P_initial_state], few ? &d->state : &p->final_state);
-    if (out && (final || !store) && run_without_gil(&c) == FKDA_OK) {
+    fkda_tensor *out_tensor = few ? &d->out : &p->out;
+    fkda_tensor *final_tensor = few ? &d->state : &p->final_state;
+    *(few ? &d->gate : &p->gate) = gate;
+    *(few ? &d->state_layout : &p->state_layout) = v_first ? FKDA_STATE_VK : FKDA_STATE_KV;
+    /* The decode kernel wants a state to start from. */
+    if (v->dtype != FKDA_F64 && (!few || initial->dtype)) {
+      out = empty_like(c.value[P_v], v);
+    }
+    if (out && store) {
+      final = initial->dtype == FKDA_F32
+                  ? empty_like(c.value[P_initial_state], initial)
+                  : new_state(&c, few ? &d->q : &p->q, v, few ? NULL : &p->cu_seqlens, v_first);
+    }
+    if (out && (final || !store) && !tensors_read(&c.tensors, "out", out, true, out_tensor) &&
+        !tensors_read(&c.tensors, "final_state", final, true, final_tensor) &&
+        run_with_workspace(&c) == FKDA_OK) {
       result = PyTuple_Pack(2, out, store ? final : Py_None);
     }
   }
@@ -1144,6 +1231,9 @@ PyMODINIT_FUNC PyInit__C(void) {
       parameter_strings[i] = PyUnicode_InternFromString(parameter_names[i]);
       if (!parameter_strings[i]) return NULL;
     }
+    str_requires_grad = PyUnicode_InternFromString("requires_grad");
+    str_new_empty = PyUnicode_InternFromString("new_empty");
+    if (!str_requires_grad || !str_new_empty) return NULL;
     for (size_t i = 0; i < sizeof documented / sizeof *documented; i++) {
       methods[i].ml_doc = documentation(documented[i].signature, documented[i].text);
       if (!methods[i].ml_doc) return PyErr_NoMemory();

@@ -320,7 +320,7 @@ static void device_text(char *text, size_t capacity, int32_t type, int32_t id) {
 
 /* A tensor as its library describes it. */
 typedef struct view {
-  fkda_tensor tensor; /* dtype FKDA_NONE: a dtype that this library does not have */
+  fkda_tensor *tensor; /* where it goes; dtype FKDA_NONE: a dtype that this library does not have */
   int64_t itemsize;
   DLDevice device;
   bool read_only;
@@ -340,16 +340,18 @@ static int set_rank(tensors *set, const char *name, int64_t ndim, fkda_tensor *t
 }
 
 static int view_of_dltensor(tensors *set, const char *name, const DLTensor *source, view *out) {
-  out->tensor.data = source->data ? (char *)source->data + source->byte_offset : NULL;
-  out->tensor.dtype = dtype_of_dlpack(source->dtype);
+  out->tensor->data = source->data ? (char *)source->data + source->byte_offset : NULL;
+  out->tensor->dtype = dtype_of_dlpack(source->dtype);
   out->itemsize = ((int64_t)source->dtype.bits * source->dtype.lanes + 7) / 8;
   out->device = source->device;
-  if (set_rank(set, name, source->ndim, &out->tensor)) return -1;
+  if (set_rank(set, name, source->ndim, out->tensor)) return -1;
+  fkda_tensor *tensor = out->tensor;
+  const int64_t *shape = source->shape, *strides = source->strides;
   int64_t contiguous = 1;
   for (int32_t i = source->ndim - 1; i >= 0; i--) {
-    out->tensor.shape[i] = source->shape[i];
-    out->tensor.stride[i] = source->strides ? source->strides[i] : contiguous;
-    contiguous *= source->shape[i];
+    tensor->shape[i] = shape[i];
+    tensor->stride[i] = strides ? strides[i] : contiguous;
+    contiguous *= shape[i];
   }
   return 0;
 }
@@ -364,35 +366,35 @@ static int view_of_array(tensors *set, const char *name, PyObject *object, view 
     refuse(set, PyExc_ValueError, "%s: unreadable __array_struct__", name);
     goto done;
   }
-  out->tensor.data = array->data;
+  out->tensor->data = array->data;
   out->itemsize = array->itemsize;
   out->device = (DLDevice){FKDA_DEVICE_CPU, 0};
   out->read_only = !(array->flags & ARRAY_WRITEABLE);
   const int size = array->itemsize;
   switch (array->typekind) {
     case 'f':
-      out->tensor.dtype = size == 4 ? FKDA_F32 : size == 2 ? FKDA_F16 : size == 8 ? FKDA_F64 : 0;
+      out->tensor->dtype = size == 4 ? FKDA_F32 : size == 2 ? FKDA_F16 : size == 8 ? FKDA_F64 : 0;
       break;
-    case 'i': out->tensor.dtype = size == 4 ? FKDA_I32 : size == 8 ? FKDA_I64 : FKDA_NONE; break;
-    case 'b': out->tensor.dtype = size == 1 ? FKDA_BOOL : FKDA_NONE; break;
+    case 'i': out->tensor->dtype = size == 4 ? FKDA_I32 : size == 8 ? FKDA_I64 : FKDA_NONE; break;
+    case 'b': out->tensor->dtype = size == 1 ? FKDA_BOOL : FKDA_NONE; break;
     case 'V': /* ml_dtypes' types say "void" */
-      out->tensor.dtype = dtype_of_object(object);
-      if (out->tensor.dtype < 0) {
+      out->tensor->dtype = dtype_of_object(object);
+      if (out->tensor->dtype < 0) {
         name_exception(set, name);
         goto done;
       }
       break;
-    default: out->tensor.dtype = FKDA_NONE;
+    default: out->tensor->dtype = FKDA_NONE;
   }
   if (size > 1 && !(array->flags & ARRAY_NOTSWAPPED)) {
     refuse(set, PyExc_ValueError, "%s: byte-swapped, expected native byte order", name);
     goto done;
   }
-  if (set_rank(set, name, array->nd, &out->tensor)) goto done;
+  if (set_rank(set, name, array->nd, out->tensor)) goto done;
   bool empty = false;
   for (int i = 0; i < array->nd; i++) empty = empty || array->shape[i] == 0;
   for (int i = 0; i < array->nd; i++) {
-    out->tensor.shape[i] = array->shape[i];
+    out->tensor->shape[i] = array->shape[i];
     if (array->strides[i] % (size ? size : 1)) {
       if (array->shape[i] <= 1 || empty) continue; /* never used */
       refuse(set, PyExc_ValueError,
@@ -400,7 +402,7 @@ static int view_of_array(tensors *set, const char *name, PyObject *object, view 
              name, array->strides[i], i, size);
       goto done;
     }
-    out->tensor.stride[i] = array->strides[i] / (size ? size : 1);
+    out->tensor->stride[i] = array->strides[i] / (size ? size : 1);
   }
   status = 0;
 done:
@@ -454,20 +456,20 @@ static int view_of_torch(tensors *set, const char *name, PyObject *object, view 
   if (read_torch_device(object, &out->device)) return name_exception(set, name);
   PyObject *address = PyObject_CallMethodObjArgs(object, str_data_ptr, NULL);
   if (!address) return name_exception(set, name);
-  out->tensor.data = PyLong_AsVoidPtr(address);
+  out->tensor->data = PyLong_AsVoidPtr(address);
   Py_DECREF(address);
   if (PyErr_Occurred()) return name_exception(set, name);
-  out->tensor.dtype = dtype_of_object(object);
-  if (out->tensor.dtype < 0) return name_exception(set, name);
-  if (read_dims(object, str_shape, false, out->tensor.shape, &ndim) ||
-      read_dims(object, str_stride, true, out->tensor.stride, &strides)) {
+  out->tensor->dtype = dtype_of_object(object);
+  if (out->tensor->dtype < 0) return name_exception(set, name);
+  if (read_dims(object, str_shape, false, out->tensor->shape, &ndim) ||
+      read_dims(object, str_stride, true, out->tensor->stride, &strides)) {
     return name_exception(set, name);
   }
   if (strides != ndim) {
     return refuse(set, PyExc_ValueError, "%s: %zd strides for %zd dimensions", name, strides, ndim);
   }
-  if (set_rank(set, name, ndim, &out->tensor)) return -1;
-  out->itemsize = (int64_t)fkda_dtype_size(out->tensor.dtype);
+  if (set_rank(set, name, ndim, out->tensor)) return -1;
+  out->itemsize = (int64_t)fkda_dtype_size(out->tensor->dtype);
   if (!out->itemsize) {
     PyObject *size = PyObject_CallMethodObjArgs(object, str_element_size, NULL);
     out->itemsize = size ? PyLong_AsLongLong(size) : -1;
@@ -624,25 +626,24 @@ static int read_view(tensors *set, const char *name, PyObject *object, bool writ
 int tensors_read(tensors *set, const char *name, PyObject *object, bool written,
                  fkda_tensor *tensor) {
   if (!object || object == Py_None) return 0;
-  view v = {0};
+  view v = {.tensor = tensor};
   if (read_view(set, name, object, written, &v)) return -1;
-  if (v.tensor.dtype == FKDA_NONE) return refuse_dtype(set, name, object);
-  *tensor = v.tensor;
-  return 0;
+  return tensor->dtype == FKDA_NONE ? refuse_dtype(set, name, object) : 0;
 }
 
 int tensors_read_bytes(tensors *set, const char *name, PyObject *object, void **data,
                        size_t *size) {
-  view v = {0};
+  fkda_tensor tensor = {0};
+  view v = {.tensor = &tensor};
   if (read_view(set, name, object, true, &v)) return -1;
   int64_t elements = 1;
-  for (int32_t i = v.tensor.ndim - 1; i >= 0; i--) {
-    if (v.tensor.shape[i] > 1 && v.tensor.stride[i] != elements) {
+  for (int32_t i = tensor.ndim - 1; i >= 0; i--) {
+    if (tensor.shape[i] > 1 && tensor.stride[i] != elements) {
       return refuse(set, PyExc_ValueError, "%s: strided, expected a contiguous tensor", name);
     }
-    elements *= v.tensor.shape[i];
+    elements *= tensor.shape[i];
   }
-  *data = v.tensor.data;
+  *data = tensor.data;
   *size = (size_t)(elements * v.itemsize);
   return 0;
 }

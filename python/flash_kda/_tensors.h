@@ -25,12 +25,13 @@ typedef struct tensors {
   void *stream; /* the CUDA stream on which the first tensor's library works now; else NULL */
   bool refused; /* the error that is set is about a tensor's dtype, device, strides or rank */
   int held_count;
-  PyObject *held[TENSORS_MAX_HELD]; /* DLPack capsules, kept until the call is over */
+  PyObject
+      *held[TENSORS_MAX_HELD]; /* DLPack capsules, kept until the call is over; last, see parse() */
 } tensors;
 
-/* Reads `object` into *tensor; NULL and None leave it absent. `written` asks for writable memory.
- * 0, or -1 with an exception set that names the argument. The view is valid while the caller keeps the
- * object alive. */
+/* Reads `object` into *tensor, which is all zeros before; NULL and None leave it absent. `written` asks
+ * for writable memory. 0, or -1 with an exception set that names the argument. The view is valid while the
+ * caller keeps the object alive. */
 int tensors_read(tensors *set, const char *name, PyObject *object, bool written,
                  fkda_tensor *tensor);
 /* The bytes of a contiguous, writable tensor of any dtype. */

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _C, ops
-from .ops import is_compiling
+
+# Everything but Dynamo brings tensors of its own or says that it is there, which the call in C sees.
+tracing = torch.compiler.is_dynamo_compiling
 
 # Tokens a sequence up to which the decode kernel takes them.
 _MAX_DECODE = 8
@@ -146,6 +148,19 @@ def chunk_kda(
     Raises ValueError, TypeError or RuntimeError as flash_kda.fwd does, and NotImplementedError where
     gradients are needed that cannot be computed, or cp_context is given.
     """
+    if not (
+        return_intermediate_states or max_num_seqs is not None or cp_context is not None
+        or transpose_state_layout is not None or chunk_size != 64
+        or (safe_gate and lower_bound is None) or tracing()
+    ):  # the usual call, all of it in C  # fmt: skip
+        results = _C._prefill_results(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens,
+            use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel,
+            allow_neg_eigval, state_v_first, output_final_state,
+        )  # fmt: skip
+        if results is not NotImplemented:
+            return results
+
     if cp_context is not None:
         raise NotImplementedError("cp_context: context parallelism is not supported, expected None")
     if allow_neg_eigval:
@@ -167,14 +182,6 @@ def chunk_kda(
 
     if transpose_state_layout is not None:
         state_v_first = _v_first(state_v_first, transpose_state_layout)
-    if not (grad or return_intermediate_states or is_compiling()):  # the usual call, all of it in C
-        results = _C._prefill_results(
-            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,
-            use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval,
-            "vk" if state_v_first else "kv", output_final_state,
-        )  # fmt: skip
-        if results is not NotImplemented:
-            return results
 
     every = rows = 0
     if return_intermediate_states:
@@ -220,6 +227,16 @@ def fused_recurrent_kda(
     sequence (without cu_seqlens) run on the decode kernel, others on the prefill kernel. The initial
     state is never written; flash_kda.decode() works on a state pool in place.
     """
+    if not (cu_seqlens is not None or transpose_state_layout is not None or tracing()):
+        # The usual call, all of it in C; it refuses more tokens than the decode kernel takes.
+        results = _C._recurrent_results(
+            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None,
+            use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel,
+            allow_neg_eigval, state_v_first, output_final_state,
+        )  # fmt: skip
+        if results is not NotImplemented:
+            return results
+
     if allow_neg_eigval:
         _check_neg_eigval(use_beta_sigmoid_in_kernel)
     gate, A_log, dt_bias, lower_bound = gate_of(use_gate_in_kernel, lower_bound, A_log, dt_bias)
@@ -230,15 +247,6 @@ def fused_recurrent_kda(
         state_v_first = _v_first(state_v_first, transpose_state_layout)
     layout = "vk" if state_v_first else "kv"
 
-    if not (grad or cu_seqlens is not None or is_compiling()):  # the usual call, all of it in C; it
-        # refuses more tokens than the decode kernel takes
-        results = _C._recurrent_results(
-            q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, None, gate,
-            use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, layout,
-            output_final_state,
-        )  # fmt: skip
-        if results is not NotImplemented:
-            return results
     if grad or cu_seqlens is not None or q.ndim != 4 or not 0 < q.shape[1] <= _MAX_DECODE:
         out, final_state, _ = ops.prefill(
             q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, gate,

@@ -31,14 +31,18 @@ _FLOAT32 = torch.float32
 is_compiling = torch.compiler.is_compiling
 
 # What torch says about itself where its dispatcher would do nothing with plain tensors but call us: no
-# dispatch mode, no functorch transform, no tracing, no autocast.
+# dispatch mode, no tracing, no autocast, no functorch transform. The last one the short way in C does not ask:
+# tensors that a transform wraps do not let their memory be read, and those that none wraps may be taken.
 _PLAIN_STATE = (
     (torch._C._len_torch_dispatch_stack, 0),
-    (torch._C._functorch.maybe_current_level, None),
-    (torch._C._get_tracing_state, None),
+    (torch._C._is_tracing, False),
     (torch._C._is_any_autocast_enabled, False),
+    (torch._C._functorch.maybe_current_level, None),
 )
-_C._set_torch(Tensor, torch.empty_like, _PLAIN_STATE)
+_C._set_torch(
+    Tensor, torch.is_grad_enabled, torch.empty_like, {"memory_format": _CONTIGUOUS},
+    {"dtype": _FLOAT32}, _PLAIN_STATE[:-1],
+)  # fmt: skip
 
 _OPTIONS = """
     str gate="bounded", bool l2norm=True, bool beta_is_logit=True, bool allow_neg_eigval=False,

@@ -1,5 +1,7 @@
 """torch.ops.flash_kda: registration, compilation, export, autocast, modes. CPU tensors."""
 
+import warnings
+
 import flash_kda
 import pytest
 import torch
@@ -131,8 +133,8 @@ def test_the_short_way_is_for_the_usual_call():
     names = dict(
         q=q, k=k, v=v, g=g, beta=beta, scale=None, A_log=Torch.of(p.A_log),
         dt_bias=Torch.of(p.dt_bias), lower_bound=-5.0, initial_state=state, cu_seqlens=None,
-        gate="bounded", l2norm=True, beta_is_logit=True, allow_neg_eigval=False,
-        state_layout="vk", output_final_state=True,
+        use_gate_in_kernel=True, l2norm=True, beta_is_logit=True, allow_neg_eigval=False,
+        state_v_first=True, output_final_state=True,
     )  # fmt: skip
 
     def short(**changed):
@@ -151,26 +153,43 @@ def test_the_short_way_is_for_the_usual_call():
     assert short() == (True, True)
     assert short(output_final_state=False) == (True, True)
     assert short(initial_state=state.bfloat16(), output_final_state=False) == (True, True)
-    no = False, False
-    assert short(output_final_state=1) == no
-    assert short(initial_state=None) == no
+    assert short(initial_state=state.bfloat16()) == (True, True)
+    assert short(initial_state=None) == (True, False)
     assert short(initial_state=None, output_final_state=False) == (True, False)
-    assert short(initial_state=state.bfloat16()) == no
+    assert short(initial_state=None, state_v_first=False) == (True, False)
+    assert short(lower_bound=None) == short(use_gate_in_kernel=False) == (True, True)
+    assert short(v=v.transpose(1, 2).contiguous().transpose(1, 2)) == (True, True)
+    no = False, False
+    for flag in ("output_final_state", "use_gate_in_kernel", "state_v_first"):
+        assert short(**{flag: 1}) == no
+    assert short(allow_neg_eigval=True) == (True, True)
+    assert short(allow_neg_eigval=True, beta_is_logit=False) == no
     assert short(initial_state=state[:1]) == no
-    assert short(v=v.transpose(1, 2).contiguous().transpose(1, 2)) == no
-    assert short(lower_bound=-9.0) == no and short(gate="none") == no
+    assert short(v=v[0]) == short(v=v[0], initial_state=None) == no
+    assert short(lower_bound=-9.0) == no and short(lower_bound=None, A_log=None) == no
+    assert short(v=v.double()) == no
     assert short(q=torch.nn.Parameter(q)) == no
+    needs_grad = Torch.of(p.A_log).requires_grad_()
+    assert short(A_log=needs_grad) == short(g=g.clone().requires_grad_()) == no
+    with torch.no_grad():
+        assert short(A_log=needs_grad) == (True, True)
     assert short(k=k.to("meta")) == no
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert short() == no
     with torch.autocast("cpu", torch.bfloat16):
         assert short() == no
 
-    def mapped(x):
-        assert short() == no
-        return x
 
-    torch.vmap(mapped)(q)
+    def transformed(x):
+        assert short(q=x) == no
+        return x.sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.trace(transformed, q, check_trace=False)
+    torch.vmap(transformed)(torch.stack([q, q]))
+    torch.func.grad(transformed)(q)
+    torch.func.jvp(transformed, (q,), (q,))
     assert short() == (True, True)
 
 
