@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every check that wants a GPU, and a summary of them: the case table on every CUDA backend that this GPU can
-# run, the Python tests on CUDA tensors, compute-sanitizer's four tools over a few small cases of each kind. Without a GPU it
-# says so and does nothing. Exit status 1 if anything failed.
+# run, the Python tests on CUDA tensors, compute-sanitizer's four tools over a few small cases of each kind. What
+# needs other packages (fla-core and flash-linear-attention, transformers, CuPy, JAX) runs where they are installed;
+# the summary says which were there. Without a GPU it says so and does nothing. Exit status 1 if anything failed.
 #
 #   scripts/gpu_check.sh [SUMMARY.json]     default build/gpu-check.json; logs in build/gpu-check/
 #
@@ -10,6 +11,7 @@
 #   FLASHKDA_RACECHECK_BUILD_DIR  the same for racecheck, made with FLASHKDA_CUDA_RACECHECK=ON
 #   FLASHKDA_COMMIT     what to call the commit where there is no .git
 #   PYTHON              an interpreter with torch (CUDA), numpy, ml_dtypes and pytest (python3)
+#   PYTHONPATH          where other packages are, after the build's
 set -uo pipefail
 here=$PWD
 cd "$(dirname "$0")/.." || exit 1
@@ -50,7 +52,7 @@ logs=build/gpu-check
 rm -rf $logs && mkdir -p $logs "$(dirname "$summary")" || exit 1
 # A build that was made elsewhere looks for the library where it was made.
 export LD_LIBRARY_PATH=$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-export PYTHONPATH=$build/python FLASHKDA_TOOL=$build/flashkda
+export PYTHONPATH=$build/python${PYTHONPATH:+:$PYTHONPATH} FLASHKDA_TOOL=$build/flashkda
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem \
   --format=csv,noheader,nounits -i 0 >$logs/device.csv
@@ -60,11 +62,27 @@ backends=$("$FLASHKDA_TOOL" info | sed -n 's/^  \([a-z0-9-]*\)  *available$/\1/p
   grep -vE '^(cpu-.*|reference)$' | paste -sd,)
 [ -n "$backends" ] || { echo "gpu-check: no backend runs on this GPU"; exit 1; }
 
-title "Python tests"
 # What has "cuda" in its name; but FLA's model as an example, which tunes its kernels for minutes.
-tests=(tests/python/test_{cuda,torch_cuda,sglang,vllm,transformers,examples,train}.py)
-timeout 300 "$python" -m pytest "${tests[@]}" -k 'cuda and not fla_model' -q -rfE -p no:cacheprovider \
-  --durations=5 --junitxml=$logs/python.xml
+tests() { # NAME SECONDS EXPRESSION FILE...
+  local name=$1 seconds=$2 expression=$3
+  shift 3
+  timeout "$seconds" "$python" -m pytest "${@/#/tests/python/}" -k "$expression" -q -rfE -p no:cacheprovider \
+    --durations=5 --junitxml="$logs/$name.xml"
+}
+# Tests with FLA compile its kernels for the most part: they run beside all that follows.
+suites=(python)
+rest="(cuda or test_other) and not fla_model"
+if "$python" -c 'import fla.ops.kda' 2>$logs/fla.log; then
+  suites+=(python-fla)
+  fla='of_fla or fla_trains or test_fla'
+  tests python-fla 240 "cuda and ($fla)" test_torch_cuda.py test_fla.py >$logs/python-fla.log 2>&1 &
+  rest+=" and not ($fla)"
+else
+  echo "gpu-check: without flash-linear-attention: $(tail -n 1 $logs/fla.log)"
+fi
+title "Python tests"
+tests python 300 "$rest" \
+  test_{cuda,torch_cuda,other_libraries,sglang,vllm,transformers,examples,train}.py
 
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer)
 cases=(
@@ -102,11 +120,15 @@ for tool in memcheck racecheck initcheck synccheck; do sanitize $tool & done
 timeout 300 "$FLASHKDA_TOOL" check --backend "$backends" --json >$logs/check.json
 echo "case table (${SECONDS}s)"
 wait
+if [ -e $logs/python-fla.log ]; then
+  title "Python tests with flash-linear-attention"
+  cat $logs/python-fla.log
+fi
 
 title summary
 commit=${FLASHKDA_COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null)}
 "$python" scripts/gpu_summary.py --backends "$backends" --commit "$commit" --sanitized ${#cases[@]} \
-  $logs "$summary"
+  --python "$(IFS=,; echo "${suites[*]}")" $logs "$summary"
 status=$?
 echo "gpu-check: ${SECONDS} s, $summary"
 exit $status

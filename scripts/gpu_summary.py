@@ -1,13 +1,15 @@
 """Makes the summary of scripts/gpu_check.sh from its logs. Exit status 1 if anything failed or did not run.
 
-Usage: gpu_summary.py --backends NAME,... --commit C --sanitized N LOGS SUMMARY.json
+Usage: gpu_summary.py --backends NAME,... --commit C --sanitized N --python NAME,... LOGS SUMMARY.json
 """
 
 import argparse
 import collections
 import datetime
+import importlib.metadata
 import json
 import pathlib
+import platform
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -28,6 +30,13 @@ MAY_SKIP = {
         r"\w+: data 0x\w+, expected a multiple of 16",
     ),
 }
+
+
+# What the Python tests need; but for the first three they do without.
+PACKAGES = (
+    "torch", "numpy", "ml-dtypes", "triton", "fla-core", "flash-linear-attention", "transformers",
+    "cupy", "jax",
+)  # fmt: skip
 
 
 def read_device(path):
@@ -79,19 +88,50 @@ def read_check(path, backend):
     }
 
 
+def packages():
+    """Versions of what the Python tests ran with."""
+    found = {}
+    for one in importlib.metadata.distributions():
+        name = (one.metadata["Name"] or "").lower().replace("_", "-")
+        if name.startswith("cupy-cuda"):
+            name = "cupy"
+        found.setdefault(name, one.version)  # the first on the path is what gets imported
+    versions = {name: found.get(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions}
+
+
 def read_python(path):
     root = ElementTree.parse(path).getroot()
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures, properties = [], {}
+    reasons, failures, properties = collections.Counter(), [], {}
     for test in root.iter("testcase"):
         bad = test.find("failure") is not None or test.find("error") is not None
-        outcome = "failed" if bad else "skipped" if test.find("skipped") is not None else "passed"
+        skipped = test.find("skipped")
+        outcome = "failed" if bad else "skipped" if skipped is not None else "passed"
         counts[outcome] += 1
         if bad:
             failures.append(test.get("name"))
+        elif skipped is not None:
+            reasons[" ".join(skipped.get("message", "").split())] += 1
         for x in test.iter("property"):
             properties[x.get("name")] = float(x.get("value"))
-    return {**counts, "failures": failures, **properties}
+    return {**counts, "skipped_because": dict(reasons), "failures": failures, **properties}
+
+
+def added(parts):
+    """The outcomes of several runs of pytest as one."""
+    total = {"passed": 0, "failed": 0, "skipped": 0, "skipped_because": {}, "failures": []}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, dict):
+                sums = collections.Counter(total[key])
+                sums.update(value)
+                total[key] = dict(sums)
+            elif key in total:
+                total[key] = total[key] + value
+            else:
+                total[key] = value
+    return total
 
 
 def read_sanitizer(logs, tool, sanitized, backends):
@@ -123,6 +163,7 @@ def main():
     parser.add_argument("--backends", required=True)
     parser.add_argument("--commit", default="")
     parser.add_argument("--sanitized", type=int, required=True)
+    parser.add_argument("--python", required=True, help="names of pytest's reports")
     parser.add_argument("logs", type=pathlib.Path)
     parser.add_argument("summary", type=pathlib.Path)
     options = parser.parse_args()
@@ -149,7 +190,11 @@ def main():
         )
         for backend in backends
     }
-    python = attempt("Python", read_python, logs / "python.xml", default=nothing)
+    suites = {
+        name: attempt(name, read_python, logs / f"{name}.xml", default=nothing)
+        for name in options.python.split(",")
+    }
+    python = added(suites.values())
     sanitizers = {}
     for tool in TOOLS:
         sanitizers[tool], problem = attempt(
@@ -158,7 +203,7 @@ def main():
         if problem:
             problems.append(f"{tool}: {problem}")
     parts = [(f"case table on {backend}", table) for backend, table in tables.items()]
-    parts.append(("Python", python))
+    parts += suites.items()
     for what, counts in parts:
         problems += [f"{what}: {name}" for name in counts["failures"]]
         if not counts["passed"]:
@@ -176,7 +221,7 @@ def main():
         "backends": tables,
         "sanitizers": sanitizers,
         "sanitized_cases": options.sanitized,
-        "python": python,
+        "python": {**python, "packages": packages()},
     }
     options.summary.write_text(json.dumps(summary, indent=1) + "\n")
     for problem in problems:
@@ -185,6 +230,11 @@ def main():
         print(
             f"{what}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
         )
+    for reason, n in python["skipped_because"].items():
+        print(f"  {n} skipped: {reason}")
+    versions = summary["python"]["packages"].items()
+    print("with " + ", ".join(f"{name} {version}" for name, version in versions if version))
+    print("without " + (", ".join(name for name, version in versions if not version) or "nothing"))
     print("sanitizers: " + ", ".join(f"{tool} {n}" for tool, n in sanitizers.items()))
     return 1 if problems else 0
 

@@ -13,7 +13,7 @@ import flash_kda
 import numpy as np
 import pytest
 import torch
-from problems import TOLERANCE, Torch, bits, error, problem, wrap_functions
+from problems import TOLERANCE, Torch, bits, error, problem, tolerance_on, why_no_cuda, wrap_functions
 from test_functional import flags
 
 kda = pytest.importorskip("fla.ops.kda", exc_type=ImportError)
@@ -196,6 +196,46 @@ def test_registered(registered, what, name, T, v_first):
     dtype = str(out.dtype).removeprefix("torch.")
     assert error(out, gold_out) <= TOLERANCE[dtype]
     assert error(final, gold_final) <= TOLERANCE["float32"]
+
+
+@pytest.mark.skipif(bool(why_no_cuda()), reason=why_no_cuda())
+@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize("what", [what for what in PROBLEMS if what != "float32"])
+def test_registered_on_cuda(registered, what, T):
+    """The same on the GPU, where FLA's own kernels would run; and chunk_kda as FLA finds it by itself."""
+    shape = PROBLEMS[what]
+    p = problem(**shape) if "lens" in shape else problem(B=2, T=T, **shape)
+    if not p.options.get("l2norm", True):
+        p.k /= 8
+    tensors, options = p.tensors(Torch), {**flags(p), "initial_state": Torch.of(p.initial_state)}
+    options["cu_seqlens"] = Torch.of(p.cu_seqlens)
+    tensors = [x.cuda() for x in tensors]
+    options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    gold_out, gold_final = naive(p)
+    for name in ("chunk_kda", "fused_recurrent_kda"):
+        out, final = getattr(kda, name)(
+            *tensors, output_final_state=True, **{V_FIRST: True}, **options
+        )
+        few = name == "fused_recurrent_kda" and T == 1 and "lens" not in shape
+        assert registered.calls.pop() == ("recurrent" if few else "prefill")
+        assert registered.calls == []
+        assert error(out.cpu(), gold_out) <= tolerance_on("cuda")
+        assert error(final.cpu(), gold_final) <= tolerance_on("cuda")
+
+
+@pytest.mark.skipif(bool(why_no_cuda()), reason=why_no_cuda())
+def test_chunk_kda_calls_us_on_cuda(calls):
+    p = problem(B=2, T=70, H=2, K=128, V=128)
+    tensors = dict(A_log=p.A_log, dt_bias=p.dt_bias.reshape(-1), initial_state=p.initial_state)
+    tensors = {name: Torch.of(x).cuda() for name, x in tensors.items()}
+    with torch.no_grad():
+        out, final = kda.chunk_kda(
+            *(x.cuda() for x in p.tensors(Torch)), **tensors, output_final_state=True, **IN_KERNEL
+        )
+    assert len(calls) == 1
+    gold_out, gold_final = p.gold()
+    assert error(out.cpu(), gold_out) <= tolerance_on("cuda")
+    assert error(final.cpu(), gold_final) <= tolerance_on("cuda")
 
 
 @pytest.mark.parametrize("v_first", [True, False], ids=["vk", "kv"])

@@ -38,7 +38,13 @@ def logs(tmp_path):
     ]
     write(tmp_path, "check", cases, ranges)
     (tmp_path / "device.csv").write_text("NVIDIA H100, 580.1, 1755, 2619, 1980, 2619\n")
-    (tmp_path / "python.xml").write_text('<testsuite><testcase name="x"/></testsuite>')
+    skip = '<testcase name="{}"><skipped message="no  \n{}"/></testcase>'
+    (tmp_path / "python.xml").write_text(
+        f'<testsuite><testcase name="x"/>{skip.format("y", "cupy")}{skip.format("z", "cupy")}</testsuite>'
+    )
+    (tmp_path / "python-fla.xml").write_text(
+        f'<testsuite><testcase name="x"/>{skip.format("y", "cupy")}{skip.format("z", "layers")}</testsuite>'
+    )
     for tool in gpu_summary.TOOLS:
         write(tmp_path, tool, cases[:3])
         (tmp_path / f"{tool}.log").write_text("========= ERROR SUMMARY: 0 errors\n")
@@ -62,6 +68,7 @@ def change(logs, name, index, backend, **result):
 def summarise(logs, monkeypatch):
     target = logs / "summary.json"
     arguments = ["--backends", "sm90,portable", "--commit", "c", "--sanitized", "3"]
+    arguments += ["--python", "python,python-fla"]
     monkeypatch.setattr(sys, "argv", ["gpu_summary.py", *arguments, str(logs), str(target)])
     return gpu_summary.main(), json.loads(target.read_text())
 
@@ -79,6 +86,10 @@ def test_all_is_well(logs, monkeypatch):
     }
     assert sm90["errors_by_gate"] == [{"range": "weak", "out": 4e-3, "state": 2e-3}]
     assert summary["sanitizers"] == dict.fromkeys(gpu_summary.TOOLS, 0)
+    python = summary["python"]
+    assert (python["passed"], python["failed"], python["skipped"]) == (2, 0, 4)
+    assert python["skipped_because"] == {"no cupy": 3, "no layers": 1}
+    assert python["packages"]["numpy"] and "fla-core" in python["packages"]
 
 
 @pytest.mark.parametrize(
@@ -107,3 +118,10 @@ def test_a_run_that_was_cut_short(logs, monkeypatch):
     (logs / "check.json").write_text('{"cases": [')
     status, summary = summarise(logs, monkeypatch)
     assert status == 1 and summary["passed"] == 0
+
+
+def test_a_suite_that_did_not_end(logs, monkeypatch, capsys):
+    (logs / "python-fla.xml").unlink()
+    status, summary = summarise(logs, monkeypatch)
+    assert status == 1 and summary["python"]["passed"] == 1
+    assert "python-fla: nothing passed" in capsys.readouterr().out

@@ -74,7 +74,8 @@ def test_cupy():
             flash_kda.fwd(*tensors, None, cupy.empty_like(tensors[2]), None, None, None)
 
 
-def test_jax():
+def test_jax(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # else it takes most of a GPU's memory
     jax = pytest.importorskip("jax")
     cpu = jax.devices("cpu")[0]
     p = problem(T=20)
