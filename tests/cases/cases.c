@@ -413,13 +413,29 @@ static void ragged(fkda_case *c, const int64_t *lens, int64_t lens_count) {
 
 static const int64_t mixed_lens[] = {0, 37, 0, 0, 16, 1, 64, 0, 5, 100, 0};
 
+/* More sequences without work than a GPU has blocks, several times over. */
+enum { MANY = 1100 };
+
+/* Slot -1 for nearly all of them. */
+static void many_skipped(fkda_case *c) {
+  c->H = c->HV = 1;
+  c->K = c->V = size_for(c->io, 16);
+  c->initial_dtype = c->final_dtype = c->io;
+  c->slots = FKDA_SLOTS_PERMUTED;
+  c->index_dtype = FKDA_I32;
+  c->skip_every = -(MANY / 2);
+}
+
 static void ragged_cases(void) {
-  static int64_t ones[300], one_long[41];
+  static int64_t ones[300], one_long[41], few[MANY];
   static const int64_t empty_lens[] = {0, 0, 0}, single[] = {45}, leading[] = {0, 0, 33},
-                       trailing[] = {33, 0, 0}, middle[] = {20, 0, 33};
+                       trailing[] = {33, 0, 0}, middle[] = {20, 0, 33},
+                       in_a_row[] = {20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 33, 0, 0, 0,
+                                     0,  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  1, 17};
   for (int i = 0; i < 300; i++) ones[i] = 1;
   one_long[0] = 700;
   for (int i = 1; i < 41; i++) one_long[i] = (i * 7) % 38;
+  few[0] = 20, few[MANY / 2] = 33, few[MANY / 2 + 1] = 1, few[MANY - 1] = 17;
   static const struct {
     const char *name;
     const int64_t *lens;
@@ -436,6 +452,7 @@ static void ragged_cases(void) {
       {"leading_empty", leading, 3, 0},
       {"trailing_empty", trailing, 3, 5},
       {"middle_empty", middle, 3, 0},
+      {"empty_in_a_row", in_a_row, sizeof in_a_row / sizeof in_a_row[0], 0},
   };
   for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
     for (int d = 0; d < 2; d++) {
@@ -452,6 +469,18 @@ static void ragged_cases(void) {
         c->numbers[2] = 21;
       }
     }
+  }
+  for (int d = 0; d < 2; d++) { /* two states a sequence: small ones */
+    fkda_case *c = add(FKDA_GROUP_ragged, 9, io_dtypes[d], "many_empty");
+    ragged(c, few, MANY);
+    c->H = c->HV = 1;
+    c->K = c->V = size_for(c->io, 16);
+    c->initial_dtype = FKDA_NONE;
+    c->final_dtype = c->io;
+    c = add(FKDA_GROUP_ragged, 9, io_dtypes[d], "many_skipped");
+    many_skipped(c);
+    ragged(c, few, MANY);
+    c->tail = 5;
   }
   /* Continuous batching: decode rows beside chunks of prompts, states in a pool that is worked on in
    * place; every second sequence is new. */
@@ -829,6 +858,12 @@ static void decode_cases(void) {
           c->V = size_for(c->io, 32);
         }
       }
+    }
+    if (d < 2) {
+      fkda_case *c = add_decode(FKDA_GROUP_decode, 12, io, "many_skipped_T", 1);
+      many_skipped(c);
+      c->B = MANY;
+      c->final_dtype = FKDA_NONE;
     }
     for (int i = 0; i < 8; i++) { /* states read from a tensor of their own */
       static const fkda_slots kinds[] = {FKDA_SLOTS_NONE, FKDA_SLOTS_TWO_POOLS, FKDA_SLOTS_PERMUTED,

@@ -156,7 +156,7 @@ typedef struct fkda_case {
   bool q_is_k; /* q = k, element for element */
   fkda_strides strides;
   fkda_slots slots;
-  int skip_every; /* 0, or every n-th sequence has slot -1 */
+  int skip_every; /* 0, or every n-th sequence has slot -1; -n: all but every n-th have */
   bool
       has_initial; /* has_initial_state given: false for every second sequence, whose slot is NaN */
   bool in_place;   /* final_state is initial_state */

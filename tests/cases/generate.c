@@ -364,7 +364,8 @@ static bool plan_slots(fkda_fixture *f, fkda_random *random, const int64_t *acce
   for (int64_t n = 0; n < N; n++) {
     if (accepted[n] < 1 || accepted[n] > M) continue; /* skipped below */
     const int64_t start = n * M + accepted[n] - 1;
-    if (c->skip_every && n % c->skip_every == c->skip_every - 1) {
+    if (c->skip_every < 0 ? n % c->skip_every
+                          : c->skip_every && n % c->skip_every == c->skip_every - 1) {
       /* -1 on either side skips; one-dimensional ones take turns */
       const bool by_start =
           s->columns || !s->final_tensor || (s->initial_tensor && n / c->skip_every % 2 == 0);
