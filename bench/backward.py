@@ -4,7 +4,11 @@
     python bench/backward.py --json bench/results/backward-cpu.json
     python bench/backward.py --device cuda --compare --json bench/results/backward-h100.json
 
+    python bench/backward.py --device cuda --compare --json FILE --continue     # what is missing in FILE
+
 Wants flash_kda installed, or FLASHKDA built into PYTHONPATH, and NumPy; on a GPU torch, and FLA with --compare.
+A record is written row by row. FLA tunes its kernels for each number of heads: --peers-budget says when to stop, and
+a later run with --continue, of the same commit on the same device, goes on.
 
 On the CPU a time is the median of --repeat calls after one, and the errors are those of one head. On a GPU `ms` is
 the device time of a training step of chunk_kda, forward and backward through autograd with the gradients of
@@ -17,12 +21,13 @@ import argparse
 import contextlib
 import datetime
 import functools
+import json
 import math
 import os
+import pathlib
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -146,7 +151,7 @@ GPU_SHAPES = [
     ),
     bench.prefill([16384] + [100] * 40, 32, "16384+40x100"),
 ]
-# Timed with --compare, in this order while its time lasts: FLA tunes its kernels for each number of heads.
+# Timed with --compare unless --peers says otherwise, in this order while its time lasts.
 PEER_ROWS = ("T8192_H32", "T8192_H96", "ragged6_H96", "8x1024_H96")
 STATE = "initial_state"
 DRAWS = 2  # of inputs with rounding errors
@@ -375,15 +380,63 @@ class Training(bench.Bench):
                     self.rows_of(shape, backend)
                 self.release()
 
-    def rows_of(self, shape, backend):
-        problem = Step(shape, self.clock, backend)
-        for gate in self.options.gates:
-            self.row_of(problem, gate)
+    earlier = ()  # rows of a run that this one continues
 
-    def row_of(self, problem, gate):
+    def go_on_from(self, path):
+        """Takes over what an earlier run has written, which must have measured the same on the same."""
+        if not pathlib.Path(path).exists():
+            return
+        record = json.loads(pathlib.Path(path).read_text())
+        for name in ("commit", "device", "driver"):
+            if record[name] != self.head[name]:
+                raise SystemExit(
+                    f"--continue: {path}: {name} {record[name]}, expected {self.head[name]}"
+                )
+        self.earlier = record["rows"]
+        self.head["continued"] = [*record.get("continued", []), record["date"]]
+        self.head["versions"] = {**record["versions"], **self.head["versions"]}
+
+    def record(self, op=None):
+        """With what the run that this one continues had and this one has not come to yet."""
+        record = super().record(op)
+        there = {(row["name"], row["gate"], row["backend"]) for row in self.rows}
+        later = [x for x in self.earlier if (x["name"], x["gate"], x["backend"]) not in there]
+        return {**record, "rows": record["rows"] + later}
+
+    def wants_peer(self, row):
+        return (
+            self.options.compare
+            and row["name"] in self.options.peers
+            and "fla" not in row["peers_ms"]
+        )
+
+    def rows_of(self, shape, backend):
+        problem = None
+        for gate in self.options.gates:
+            found = [
+                row for row in self.earlier
+                if (row["name"], row["gate"]) == (shape.name, gate)
+                and backend in (None, row["backend"])
+            ]  # fmt: skip
+            row = found[0] if found else None
+            if row and "errors" in row and not self.wants_peer(row):
+                self.rows.append(row)
+                continue
+            problem = problem or Step(shape, self.clock, backend)
+            problem.set_gate(gate)
+            samples = problem.sample()
+            row = row or self.timed(problem, gate)
+            self.rows.append(row)
+            self.write()
+            pairs = self.samples.setdefault(self.key(row), [])
+            pairs.append((row, samples))
+            if not bench.same_inputs(pairs[0][1], samples):
+                raise RuntimeError(
+                    f"{row['backend']}: the inputs differ from those of the first backend"
+                )
+
+    def timed(self, problem, gate):
         shape, clock, seconds = problem.shape, self.clock, self.options.seconds
-        problem.set_gate(gate)
-        samples = problem.sample()
         text = problem.plan()
         backend, plan = bench.parse_plan(text)
         forward = bench.parse_plan(problem.plan(op="prefill"))[0]
@@ -399,15 +452,11 @@ class Training(bench.Bench):
             "peak_gib": problem.peak_gib(clock), "workspace_bytes": workspace_bytes(text),
             "host_us": bench.host_us(clock, problem.steps()[0], 5.0),
         }  # fmt: skip
-        self.rows.append(row)
         bench.say(
             f"{row['name']:<20} {gate:<7} {backend:<10} step {row['ms']:8.3f} ms, forward"
             f" {row['forward_ms']:.3f}, backward {row['backward_ms']:.3f}, floor {row['floor_ms']:.3f}"
         )
-        pairs = self.samples.setdefault(self.key(row), [])
-        pairs.append((row, samples))
-        if not bench.same_inputs(pairs[0][1], samples):
-            raise RuntimeError(f"{backend}: the inputs differ from those of the first backend")
+        return row
 
     def gold(self):
         tasks = [(key, x) for key, pairs in self.samples.items() for x in pairs[0][1]]
@@ -446,7 +495,7 @@ class Training(bench.Bench):
 
     def peer(self, chunk_kda, shape):
         clock, seconds = self.clock, self.options.seconds
-        rows = [row for row in self.rows if row["name"] == shape.name]
+        rows = [row for row in self.rows if row["name"] == shape.name and self.wants_peer(row)]
         problem = Step(shape, clock)
         begin = time.perf_counter()
         problem.step(0, chunk_kda)
@@ -474,10 +523,12 @@ class Training(bench.Bench):
                     row["peers_error"] = {"fla": {"o": o, "state": state}}
             bench.say(f"{shape.name:<20} {gate:<7} fla step {ms:8.3f} ms, backward {alone:.3f}")
 
-    def peers(self, shapes, start):
-        names = [name for name in PEER_ROWS if any(row["name"] == name for row in self.rows)]
-        chosen = [shape for name in names for shape in shapes if shape.name == name]
-        processes = [] if self.options.no_prewarm else start_prewarm(chosen)
+    def peer_shapes(self, shapes):
+        wanted = {row["name"] for row in self.rows if self.wants_peer(row)}
+        names = [name for name in self.options.peers if name in wanted]
+        return [shape for name in names for shape in shapes if shape.name == name]
+
+    def peers(self, chosen, start, processes):
         if processes:
             budget = 0.6 * self.options.peers_budget
             bench.finish_prewarm(processes, max(1.0, budget - (time.monotonic() - start)))
@@ -500,10 +551,15 @@ class Training(bench.Bench):
 
 
 # As in flash_kda.bench: compiled ahead, in processes of their own, what FLA's tuning will ask for.
-def prewarm_fla(H, ragged):
+HERE = os.path.dirname(os.path.abspath(__file__))
+PREWARM = f"import sys; sys.path.insert(0, {HERE!r}); import backward; "
+PREWARM += "backward.prewarm_fla({}, {}, {}, {})"
+
+
+def prewarm_fla(H, ragged, part, parts):
     import torch
 
-    bench.compile_without_timing()
+    bench.compile_without_timing(part, parts)
     chunk_kda, _, _ = bench.load_fla()
     lens = (512, 300, 1024) if ragged else (1024,)
     clock = bench.CudaClock(torch, torch.cuda.current_device())
@@ -511,20 +567,10 @@ def prewarm_fla(H, ragged):
     torch.cuda.synchronize()
 
 
-def start_prewarm(shapes):
-    kinds = dict.fromkeys((shape.H, shape.ragged) for shape in shapes)
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = "import sys; sys.path.insert(0, {!r}); import backward; backward.prewarm_fla({}, {})"
-    started = []
-    for kind in kinds:
-        log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-c", code.format(here, *kind)]
-        started.append((kind, subprocess.Popen(command, stdout=log, stderr=log), log))
-    return started
-
-
 def run(clock, shapes, options):
     training = Training(clock, options)
+    if options.go_on:
+        training.go_on_from(options.json)
     if clock.device.type == "cuda":
         with training.guarded("first step"):
             parts = training.head["first_step_parts_ms"] = first_step_ms()
@@ -533,11 +579,16 @@ def run(clock, shapes, options):
     training.ours(shapes)
     training.write()
     bench.say(f"our rows took {time.monotonic() - begin:.0f} s")
+    start, processes = time.monotonic(), []
+    chosen = training.peer_shapes(shapes)
+    if chosen and not options.no_prewarm:
+        processes = bench.start_prewarm(chosen, PREWARM)
     with training.guarded("gold"):
         training.gold()
     training.write()
-    if options.compare:
-        training.peers(shapes, time.monotonic())
+    if chosen:
+        training.peers(chosen, start, processes)
+        bench.say(f"peers took {time.monotonic() - start:.0f} s")
         training.write()
     return training
 
@@ -579,12 +630,26 @@ def main():
     add("--rows", metavar="NAME,...", help="on a GPU: only these, as T8192_H32")
     add("--backend", metavar="NAME,...", help="on a GPU: forced, forward too (the plan's choice)")
     add("--compare", action="store_true", help="on a GPU: FLA on some of the rows")
+    add(
+        "--peers",
+        metavar="NAME,...",
+        default=",".join(PEER_ROWS),
+        help="on a GPU: rows that FLA runs (%(default)s)",
+    )
     add("--peers-budget", type=float, default=400, help="seconds; no peer row starts later (400)")
+    add(
+        "--continue",
+        dest="go_on",
+        action="store_true",
+        help="on a GPU: only what --json FILE does not have",
+    )
     add("--no-prewarm", action="store_true", help="do not compile FLA's kernels ahead in parallel")
     add("--commit", help="recorded with the result; default: what git says")
     add("--note", default="", help="recorded with the result")
     args = parser.parse_args()
-    args.gates = args.gates.split(",")
+    args.gates, args.peers = args.gates.split(","), args.peers.split(",")
+    if args.go_on and not args.json:
+        parser.error("--continue: expected --json FILE with it")
     args.backend = args.backend.split(",") if args.backend else []
     return on_the_cpu(args) if args.device == "cpu" else on_a_gpu(args)
 

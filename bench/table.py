@@ -294,12 +294,14 @@ def gpu_backward(record):
     yield from table(head, lines)
     yield ""
     gates = list(dict.fromkeys(row["gate"] for row in record["rows"]))
-    compared = [row for row in record["rows"] if "peers_errors" in row]
+    known = [row for row in record["rows"] if "errors" in row]  # a run that was cut short has none
+    compared = [row for row in known if "peers_errors" in row]
     lines = []
-    for name in record["rows"][0]["errors"]:
+    for name in known[0]["errors"] if known else ():
         line = [f"`{name}`"]
         for gate in gates:
-            line.append(error(max(x["errors"][name] for x in record["rows"] if x["gate"] == gate)))
+            ours = (x["errors"][name] for x in known if x["gate"] == gate)
+            line.append(error(max(ours, default=None)))
             beside = [x for x in compared if x["gate"] == gate]
             line.append(error(max((x["errors"][name] for x in beside), default=None)))
             theirs = (x["peers_errors"]["fla"][name] for x in beside)
@@ -347,7 +349,9 @@ def gpu_training_page(records):
         ]
         lines = []
         for name, losses in record["losses"].items():
-            line = [NAMES[name], number(losses[-1], 4), number(record["tokens_per_second"][name])]
+            last, n = number(losses[-1], 4), len(losses)
+            last += f" after {n} steps" if n < s["steps"] else ""
+            line = [NAMES[name], last, number(record["tokens_per_second"][name])]
             line.append(number(long["tokens_per_second"].get(name)))
             lines.append([*line, number(record["first_step_seconds"][name])])
         head = ["layer", "last loss", "tokens/s", "tokens/s, long", "first step, s"]

@@ -6,13 +6,15 @@
     python examples/train.py --resume run.pt --steps 200          # ... and go on: the same losses
     python examples/train.py --compare --json FILE --plot FILE    # all of it, side by side
     python examples/train.py --device cuda --compare              # a larger model on a GPU, FLA too if installed
+    python examples/train.py --device cuda --compare --json FILE --continue       # what FILE does not have yet
 
 Bytes in, bytes out. Three layers of Kimi Delta Attention to one of multi-head latent attention without
 positions, as in Kimi Linear (arXiv 2510.26692); each followed by a SwiGLU MLP. --kda fla trains on
 flash-linear-attention's kernels (on a GPU); naive64 is the recurrence in float64 inside the same model: how far
 naive and naive64 come apart is what rounding does to a training curve. On a GPU the model is float32 under bfloat16
 autocast, and q, k and v go to each of them in bfloat16; tokens a second are also taken of long sequences, where
-the recurrence would take hours.
+the recurrence would take hours. There --compare takes minutes: FLA's kernels are compiled first, by processes side by
+side, and after --limit seconds a curve ends where it is.
 """
 
 import argparse
@@ -22,6 +24,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
 
 import torch
@@ -212,7 +216,8 @@ def batch(text, args, step, device):
 
 
 def train(args, kda, steps, resume=None, save=None, say=print):
-    """Losses of the steps that were run, tokens a second (the median step), and seconds of the first step."""
+    """Losses of the steps that were run, tokens a second (the median step), and seconds of the first step. With
+    args.limit no step begins later than so many seconds after the first one."""
     torch.manual_seed(args.seed)
     text, device = corpus(), torch.device(args.device)
     model = Model(args, kda_function(kda)).to(device)
@@ -227,6 +232,10 @@ def train(args, kda, steps, resume=None, save=None, say=print):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     losses, times = [], []
     for step in range(first, steps):
+        if len(times) > 1 and args.limit and sum(times[1:]) > args.limit:
+            say(f"{kda:10s} stopped after {step} steps: --limit {args.limit:g}")
+            steps = step
+            break
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 20)
         tokens = batch(text, args, step, device)
@@ -251,7 +260,9 @@ def train(args, kda, steps, resume=None, save=None, say=print):
 
 
 def distance(a, b, window=10):
-    """Largest difference of two curves, each averaged over `window` steps."""
+    """Largest difference of two curves, as far as both go, each averaged over `window` steps."""
+    n = min(len(a), len(b))
+    a, b = a[:n], b[:n]
     means = [torch.tensor(x).unfold(0, min(window, len(x)), 1).mean(-1) for x in (a, b)]
     return float((means[0] - means[1]).abs().max())
 
@@ -273,13 +284,24 @@ def compare(args):
         record["long"] = {"length": args.long_length, "batch": args.long_batch}
         record["long"]["tokens_per_second"] = {}
     curves = {}
-    for name in args.kdas.split(","):
+    if args.go_on and os.path.exists(args.json):
+        with open(args.json) as file:
+            earlier = json.load(file)
+        for key in ("commit", "device", "torch", "settings"):
+            if earlier[key] != record[key]:
+                raise SystemExit(f"--continue: {key} {earlier[key]}, expected {record[key]}")
+        record, curves = earlier, dict(earlier["losses"])
+    names = [name for name in args.kdas.split(",") if name not in curves]
+    if "fla" in names and not cpu:
+        compile_ahead(args)
+    for name in names:
         torch.use_deterministic_algorithms(not cpu, warn_only=True)
         curves[name], rate, first = train(args, name, args.steps)
         record["tokens_per_second"][name] = round(rate)
         record["first_step_seconds"][name] = round(first, 3)
         record["losses"][name] = [round(x, 5) for x in curves[name]]
-        for a, b in (("flash_kda", "naive"), ("naive", "naive64"), ("flash_kda", "fla")):
+        pairs = (("flash_kda", "naive"), ("naive", "naive64"), ("flash_kda", "fla"))
+        for a, b in pairs:
             if name in (a, b) and a in curves and b in curves:
                 record["distance"][f"{a}_{b}"] = distance(curves[a], curves[b])
         if name == "flash_kda":
@@ -302,6 +324,33 @@ def compare(args):
         print(f"curves apart: {pair} {value:.4g}")
     if args.plot:
         plot(record, args.plot)
+
+
+def compile_ahead(args):
+    """What FLA's tuning will ask for, compiled by processes side by side, each a share of the candidates."""
+    from flash_kda import bench
+
+    parts, started, start = min(os.cpu_count() or 1, 16), [], time.monotonic()
+    names = ("device", "layers", "dim", "heads", "head_dim", "length", "batch", "long_length")
+    given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    given += ["--bf16" if args.bf16 else "--no-bf16"]
+    for part in range(parts):
+        log = tempfile.TemporaryFile("w+")
+        command = [sys.executable, __file__, *given, "--compile", f"{part}/{parts}"]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        started.append(((args.heads, False), process, log))
+    bench.finish_prewarm(started, args.compile_limit)
+    print(f"fla        kernels compiled ahead for {time.monotonic() - start:.0f} s")
+
+
+def compile_part(args):
+    """A training step of every length, whatever comes out of it."""
+    from flash_kda import bench
+
+    bench.compile_without_timing(*map(int, args.compile.split("/")))
+    for length, rows in ((args.length, args.batch), (args.long_length, 2)):
+        args.length, args.batch = length, rows
+        train(args, "fla", 1)
 
 
 def train_in_two(args):
@@ -335,6 +384,8 @@ def plot(record, path):
 
 
 def commit():
+    if os.environ.get("FLASHKDA_COMMIT"):
+        return os.environ["FLASHKDA_COMMIT"]
     here = os.path.dirname(os.path.abspath(__file__))
     done = subprocess.run(
         ["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -378,6 +429,16 @@ def main(arguments=None):
     parser.add_argument("--long-length", type=int, default=4096, help="with --compare on a GPU")
     parser.add_argument("--long-batch", type=int, default=4, help="with --compare on a GPU")
     parser.add_argument("--json", help="with --compare: write curves and rates")
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="only what --json FILE does not have"
+    )
+    parser.add_argument(
+        "--limit", type=float, help="seconds of a training run (on a GPU with --compare: 120)"
+    )
+    parser.add_argument(
+        "--compile-limit", type=float, default=150, help="seconds of compiling FLA ahead (150)"
+    )
+    parser.add_argument("--compile", help=argparse.SUPPRESS)  # compile_ahead()
     parser.add_argument("--plot", help="with --compare: draw the curves (matplotlib)")
     device = parser.parse_known_args(arguments)[0].device.split(":")[0]
     parser.set_defaults(**SIZES["cpu" if device == "cpu" else "cuda"])
@@ -387,7 +448,13 @@ def main(arguments=None):
     if not args.kdas:
         fla = device != "cpu" and importlib.util.find_spec("fla")
         args.kdas = "flash_kda,naive,naive64" + (",fla" if fla else "")
+    if args.go_on and not args.json:
+        parser.error("--continue: expected --json FILE with it")
+    if args.compile:
+        return compile_part(args)
     if args.compare:
+        if args.limit is None and device != "cpu":
+            args.limit = 120
         return compare(args)
     losses, rate, _ = train(args, args.kda, args.steps, args.resume, args.save)
     print(f"{rate:.0f} tokens/s")

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -899,24 +900,44 @@ def peer_row(bench, fla, shape, rows):
         say(f"{shape.name:<20} {gate:<7} fla {ms:9.4f} ms, {times}")
 
 
-def compile_without_timing():
-    """From here on FLA's tuning launches every candidate once and times none. Before FLA is imported."""
+def compile_without_timing(part=0, parts=1):
+    """From here on FLA's tuning launches every candidate once and times none; of several processes that do the same
+    each launches its share, and what more it takes until one has run. Before FLA is imported."""
     os.environ["FLA_CACHE_RESULTS"] = "0"  # no choice made here may be kept
     from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+
+    prune, ran = Autotuner.prune_configs, []
+
+    def share(self, *arguments, **keywords):
+        candidates = list(prune(self, *arguments, **keywords))
+        self.cache_results = False
+        ran.clear()
+        yield from candidates[part::parts]
+        for candidate in candidates:
+            if ran:
+                return
+            yield candidate
 
     def launch_once(kernel_call, quantiles=None, **_):
         kernel_call()
+        ran.append(True)
         return [1.0] * len(quantiles) if quantiles else 1.0
 
     driver.active.get_benchmarker = lambda: launch_once
+    if parts > 1:
+        Autotuner.prune_configs = share
 
 
-# Run in processes of their own, one for each head count and kind of batch: they compile what FLA's
+# Run in processes of their own, several for each head count and kind of batch: they compile what FLA's
 # tuning will ask for, without timing it, into Triton's cache. The tuning itself is then much shorter.
-def prewarm_fla(H, ragged):
+PREWARM = "from flash_kda.bench import prewarm_fla; prewarm_fla({}, {}, {}, {})"
+
+
+def prewarm_fla(H, ragged, part=0, parts=1):
     import torch
 
-    compile_without_timing()
+    compile_without_timing(part, parts)
     chunk_kda, _, _ = load_fla()
     lens = (512, 300, 1024) if ragged else (1024,)
     problem = Prefill(Shape("prewarm", lens, H), CudaClock(torch, torch.cuda.current_device()))
@@ -924,13 +945,14 @@ def prewarm_fla(H, ragged):
     torch.cuda.synchronize()
 
 
-def start_prewarm(shapes):
+def start_prewarm(shapes, code=PREWARM):
+    """`code` for every kind of batch, part and number of parts: as many processes as there are cores."""
     kinds = sorted({(s.H, s.ragged) for s in shapes if s.op == "prefill"}, reverse=True)
-    code = "from flash_kda.bench import prewarm_fla; prewarm_fla({}, {})"
+    parts = max(1, (os.cpu_count() or 1) // max(1, len(kinds)))
     started = []
-    for kind in kinds:
+    for part, kind in itertools.product(range(parts), kinds):
         log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-c", code.format(*kind)]
+        command = [sys.executable, "-c", code.format(*kind, part, parts)]
         started.append((kind, subprocess.Popen(command, stdout=log, stderr=log), log))
     return started
 

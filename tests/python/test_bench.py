@@ -519,8 +519,47 @@ def test_commit_from_the_environment(monkeypatch):
 def test_compiling_ahead_may_fail(monkeypatch, capsys):
     """No GPU here, or no FLA: it is reported, with the reason, and nothing else happens."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
     started = bench.start_prewarm([bench.prefill([1024], 2), bench.prefill([64] * 3, 2)])
-    assert [kind for kind, _, _ in started] == [(2, False)]
+    assert [kind for kind, _, _ in started] == [(2, False)] * 2
     bench.finish_prewarm(started, 120)
     text = capsys.readouterr().err
     assert text.startswith("compiling FLA for H 2, ragged False: 1; ") and "Error" in text
+
+
+def test_compiling_ahead_in_shares(monkeypatch):
+    """Each process launches its share of a kernel's candidates, and others until one has run."""
+    modules = {
+        name: types.ModuleType(name) for name in ("triton.runtime", "triton.runtime.autotuner")
+    }
+
+    class Autotuner:
+        broken = ()
+
+        def prune_configs(self, keywords):
+            return range(7)
+
+        def run(self, clock):
+            launched = []
+
+            def launch(candidate):
+                launched.append(candidate)
+                if candidate in self.broken:
+                    raise RuntimeError
+
+            for candidate in self.prune_configs({}):
+                with contextlib.suppress(RuntimeError):
+                    assert clock(lambda c=candidate: launch(c), quantiles=(0.5, 0.2)) == [1.0, 1.0]
+            return launched
+
+    active = types.SimpleNamespace()
+    modules["triton.runtime"].driver = types.SimpleNamespace(active=active)
+    modules["triton.runtime.autotuner"].Autotuner = Autotuner
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("FLA_CACHE_RESULTS", "1")
+    bench.compile_without_timing(1, 3)
+    tuner = Autotuner()
+    assert tuner.run(active.get_benchmarker()) == [1, 4]
+    tuner.broken = (1, 4, 0)
+    assert tuner.run(active.get_benchmarker()) == [1, 4, 0, 1, 2]

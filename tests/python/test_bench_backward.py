@@ -38,15 +38,14 @@ def stand_in(
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.setattr(backward, "PEER_ROWS", ("T70_H2",))
     monkeypatch.setattr(bench, "load_fla", lambda: (stand_in, None, "0.0"))
 
     def run(**options):
         file = tmp_path / "record.json"
-        options = dict(
+        options = {**dict(
             gates=["weak", "strong"], seconds=0.001, json=file, compare=True, no_prewarm=True,
-            peers_budget=100, commit="abc", note="", backend=[], **options,
-        )  # fmt: skip
+            peers=["T70_H2"], peers_budget=100, commit="abc", note="", backend=[], go_on=False,
+        ), **options}  # fmt: skip
         training = backward.run(bench.HostClock(torch), SHAPES, types.SimpleNamespace(**options))
         return training, json.loads(file.read_text())
 
@@ -85,3 +84,30 @@ def test_errors_that_are_too_large_are_reported(run, monkeypatch):
     monkeypatch.setattr(backward.Step, "differentiated", wrong)
     training, _ = run()
     assert [text.split(": ")[1].split()[0] for text in training.failures] == ["d_q"] * 4
+
+
+def test_continued(run, monkeypatch):
+    """Only what is missing is measured, errors and FLA's part included; another commit's record is refused."""
+    timed = []
+    time_it = backward.Training.timed
+    monkeypatch.setattr(
+        backward.Training, "timed", lambda *a: timed.append((a[1].shape.name, a[2])) or time_it(*a)
+    )
+    everything = [(shape.name, gate) for shape in SHAPES for gate in ("weak", "strong")]
+    _, first = run(gates=["weak"], compare=False)
+    _, second = run(go_on=True)
+    assert timed == [x for x in everything if x[1] == "weak"] + [
+        x for x in everything if x[1] == "strong"
+    ]
+    assert second["continued"] == [first["date"]]
+    assert [(row["name"], row["gate"]) for row in second["rows"]] == everything
+    for row in second["rows"]:
+        before = [x for x in first["rows"] if (x["name"], x["gate"]) == (row["name"], row["gate"])]
+        assert all(x["ms"] == row["ms"] and x["errors"] == row["errors"] for x in before)
+        assert ("fla" in row["peers_ms"]) == (row["name"] == "T70_H2")
+    timed.clear()
+    training, third = run(go_on=True, gates=["strong"])  # nothing, and nothing is lost
+    assert timed == [] and not training.samples
+    assert sorted(map(str, third["rows"])) == sorted(map(str, second["rows"]))
+    with pytest.raises(SystemExit, match="commit abc, expected def"):
+        run(go_on=True, commit="def")

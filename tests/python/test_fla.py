@@ -13,7 +13,16 @@ import flash_kda
 import numpy as np
 import pytest
 import torch
-from problems import TOLERANCE, Torch, bits, error, problem, tolerance_on, why_no_cuda, wrap_functions
+from problems import (
+    TOLERANCE,
+    Torch,
+    bits,
+    error,
+    problem,
+    tolerance_on,
+    why_no_cuda,
+    wrap_functions,
+)
 from test_functional import flags
 
 kda = pytest.importorskip("fla.ops.kda", exc_type=ImportError)

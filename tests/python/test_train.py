@@ -24,6 +24,30 @@ def test_learns():
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
+def test_stopped_and_continued(tmp_path):
+    """A curve ends where the time is up; what a record has is not run again."""
+    file = tmp_path / "record.json"
+    arguments = [
+        *SMALL,
+        "--steps",
+        "5",
+        "--compare",
+        "--json",
+        str(file),
+        "--save",
+        str(tmp_path / "half"),
+    ]
+    train.main([*arguments, "--kdas", "flash_kda", "--limit", "1e-9"])
+    first = json.loads(file.read_text())
+    assert len(first["losses"]["flash_kda"]) == 2
+    train.main([*arguments, "--kdas", "flash_kda,naive", "--continue"])
+    second = json.loads(file.read_text())
+    assert second["losses"]["flash_kda"] == first["losses"]["flash_kda"]
+    assert len(second["losses"]["naive"]) == 5 and second["distance"]["flash_kda_naive"] < 1e-3
+    with pytest.raises(SystemExit, match="settings"):
+        train.main([*arguments, "--seed", "1", "--continue"])
+
+
 def test_bfloat16_autocast():
     losses = train.main([*SMALL, "--steps", "6"])
     lower = train.main([*SMALL, "--steps", "6", "--bf16"])
