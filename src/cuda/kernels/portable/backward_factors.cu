@@ -27,6 +27,7 @@ struct FactorsShared {
   float M[STEP][STEP + 4];
   float squares[2][FACTOR_WARPS][STEP]; /* [k, q]: each warp's part of |k|^2, |q|^2 */
   float norm_k[STEP], norm_q[STEP], beta[STEP];
+  int near[STEP]; /* is a key nearly parallel to the one before? */
 };
 
 __device__ __forceinline__ float squares_of(const float (&parts)[FACTOR_WARPS][STEP], int token) {
@@ -365,6 +366,46 @@ __device__ __forceinline__ void multiply_by_levels(float (&acc)[FACTOR_JOBS][4],
   }
 }
 
+/* Are a key and the one before so nearly parallel that sums of U over them lose more by rounding U than differences of
+ * the keys do? `product` of the two, decay included. With beta 1 a cosine of 3/4; with less, sums of U are longer. */
+template <int K>
+__device__ __forceinline__ bool nearly_parallel(const FactorsShared<K> &s, int token,
+                                                float product) {
+  const float square = squares_of(s.squares[0], token);
+  const float strength = s.beta[token] * s.norm_k[token] * s.norm_k[token] * square;
+  const float least = 1 - 0.25f * fminf(strength, 1);
+  return product > least * sqrtf(square * squares_of(s.squares[0], token - 1));
+}
+
+/* A chunk's keys to its end anew, each less the next. What U loses by rounding, and these, then meet differences: with
+ * nearly equal keys next to nothing. */
+template <int K>
+__device__ __forceinline__ void make_differences(const Mine<K> &mine, char *record) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  bf16 *const k_end = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_END(K));
+#pragma unroll
+  for (int c = 0; c < K / 32; ++c) {
+    float first[2] = {0, 0}; /* of the eight tokens behind */
+    float ends[2][4];
+    get_ends(ends[0], mine, c, 0);
+    get_ends(ends[1], mine, c, 1);
+#pragma unroll
+    for (int b = 3; b >= 0; --b) {
+      float own[2], next[2];
+      own[0] = low_of(mine.k[b][c]) * exp2_approx(ends[0][3] - mine.g[b][c][0]);
+      own[1] = high_of(mine.k[b][c]) * exp2_approx(ends[1][3] - mine.g[b][c][1]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        next[e] = __shfl_down_sync(0xffffffffu, own[e], 4);
+        if (lane >= 28) next[e] = first[e];
+        first[e] = __shfl_sync(0xffffffffu, own[e], lane & 3);
+      }
+      put(k_end, tile_at<K>(8 * b, warp * (K / 4) + 8 * c) + lane * 2, own[0] - next[0],
+          own[1] - next[1]);
+    }
+  }
+}
+
 template <int K>
 __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K> &s) {
   constexpr int C = K / 32; /* a warp's tiles of 8 channels */
@@ -483,10 +524,19 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
       } else {
         s.M[r][column] = r > column ? y0 : 0;
         s.M[r][column + 1] = r > column + 1 ? y1 : 0;
+        if (r == column + 1 || r == column + 2)
+          s.near[r] = nearly_parallel(s, r, r == column + 1 ? acc[n][i] : acc[n][i + 1]);
       }
     }
   }
   __syncthreads();
+  const int neighbours = (tokens < STEP ? tokens : STEP) - 1;
+  const bool near = lane && lane <= neighbours && s.near[lane];
+  const int parallel = __popc(__ballot_sync(0xffffffffu, near));
+  const bool differences = neighbours > 0 && 4 * parallel >= 3 * neighbours;
+  if (threadIdx.x == 0)
+    *reinterpret_cast<uint32_t *>(record + FKDA_BACKWARD_PARALLEL(K)) = differences;
+  if (differences) make_differences(mine, record);
   if (warp == 0)
     solve<K>(s, reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Z_HIGH(K)),
              reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Z_LOW(K)));

@@ -67,6 +67,7 @@ struct GradientsShared {
   float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
   Block block;
   int row, head;
+  int parallel[2]; /* of each half: are its keys nearly parallel to their neighbours? */
   uint32_t zero; /* a number that the compiler does not know */
 };
 /* Rows of a gradient on their way out, over everything from q on. */
@@ -177,6 +178,9 @@ struct Gradients {
       s.norm_k[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
       s.norm_q[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K))[i];
       s.beta[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K))[i];
+      if (i == 0)
+        s.parallel[threadIdx.x / STEP] =
+            *reinterpret_cast<const int *>(record + FKDA_BACKWARD_PARALLEL(K));
     }
   }
 
@@ -214,6 +218,29 @@ struct Gradients {
     rows(p.d_out, next_head, V);
   }
 
+  /* Weights w of 16 x 16 pairs as bf16, and what a row's column loses by it handed on to the next: sums over columns
+   * then lose what one of them does. `last` are the columns that a lane's two rows end with. */
+  __device__ __forceinline__ void hand_on_rounding(float (&w)[2][4], const int (&last)[2]) const {
+    float lost[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll 1
+      for (int l = 0; l < 4; ++l)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float rest = lost[h];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float &y = w[n][2 * h + e];
+            const float x = y + rest, rounded = __bfloat162float(__float2bfloat16_rn(x));
+            if (8 * n + 2 * l + e > last[h]) continue;
+            if ((lane & 3) == l) y = rounded;
+            rest = x - rounded;
+          }
+          lost[h] = __shfl_sync(0xffffffffu, rest, (lane & 28) | l);
+        }
+  }
+
   /* (24), (23)'s d_beta. */
   __device__ __forceinline__ void weigh_pairs() {
     refresh();
@@ -246,10 +273,20 @@ struct Gradients {
           const float w0 = y0 * of_row * beta.x * norm.x, w1 = y1 * of_row * beta.y * norm.y;
           if (row == column) (of_q ? s.P_diagonal : s.d_beta)[row] = of_q ? w0 : y0;
           if (row == column + 1) (of_q ? s.P_diagonal : s.d_beta)[row] = of_q ? w1 : y1;
+          acc[n][2 * h] = row > column ? w0 : 0;
+          acc[n][2 * h + 1] = row > column + 1 ? w1 : 0;
+        }
+      if (s.parallel[j / 2]) {
+        const int row = 16 * (i - j) + (lane >> 2), last[2] = {row - 1, row + 7};
+        hand_on_rounding(acc, last);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
           *reinterpret_cast<uint32_t *>((of_q ? s.P : s.M) + square * SQUARE +
                                         (2 * h + n) * MATRIX + lane * 2) =
-              pack(row > column ? w0 : 0, row > column + 1 ? w1 : 0);
-        }
+              pack(acc[n][2 * h], acc[n][2 * h + 1]);
     }
   }
 
@@ -480,18 +517,40 @@ struct Gradients {
     load_raw(r, raw, square);
     decayed(f, r, e);
   }
+  /* raw e less the operand */
+  __device__ __forceinline__ void rest_of(uint32_t (&f)[4], const bf16 *raw, int square,
+                                          const float (&e)[2][4]) const {
+    uint32_t r[4], high;
+    load_raw(r, raw, square);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&x)[4] = e[i >> 1];
+      const int h = i & 1;
+      split(low_of(r[i]) * x[2 * h], high_of(r[i]) * x[2 * h + 1], high, f[i]);
+    }
+  }
 
   /* What a level's products y of 16 tokens with the others add: to D by the operand f they will meet, to the
    * accumulators by e. */
   template <int SIGN>
+  __device__ __forceinline__ void add_to_D(int square, const uint32_t (&f)[4],
+                                           const float (&y)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int tile = 2 * square + (i >> 1), h = 2 * (i & 1);
+      const float(&z)[4] = y[i >> 1];
+      D[tile][h] = fmaf(SIGN * low_of(f[i]), z[h], D[tile][h]);
+      D[tile][h + 1] = fmaf(SIGN * high_of(f[i]), z[h + 1], D[tile][h + 1]);
+    }
+  }
+  template <int SIGN>
   __device__ __forceinline__ void add(float (&to)[TILES][4], int square, const uint32_t (&f)[4],
                                       const float (&e)[2][4], const float (&y)[2][4]) {
+    add_to_D<SIGN>(square, f, y);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int tile = 2 * square + (i >> 1), h = 2 * (i & 1);
       const float(&z)[4] = y[i >> 1], (&x)[4] = e[i >> 1];
-      D[tile][h] = fmaf(SIGN * low_of(f[i]), z[h], D[tile][h]);
-      D[tile][h + 1] = fmaf(SIGN * high_of(f[i]), z[h + 1], D[tile][h + 1]);
       to[tile][h] = fmaf(x[h], z[h], to[tile][h]);
       to[tile][h + 1] = fmaf(x[h + 1], z[h + 1], to[tile][h + 1]);
     }
@@ -510,13 +569,15 @@ struct Gradients {
     f[0] = x.x, f[1] = x.y, f[2] = x.z, f[3] = x.w;
   }
 
-  /* The pairs over the middle of the block. */
+  /* The pairs over the middle of the block. REST: what the columns' rounding has left out. */
+  template <bool REST>
   __device__ __forceinline__ void middle() {
     refresh();
     uint32_t f[4], r[4];
     float e[2][4];
     if (half) {
-      const float start[2] = {0, 0};
+      /* not the exponentials from above: they would be kept in registers */
+      const float zero = REST ? __uint_as_float(opaque_zero()) : 0, start[2] = {zero, zero};
 #pragma unroll
       for (int i = 0; i < SQUARES; ++i) {
         if (!in_turn()) break;
@@ -551,22 +612,43 @@ struct Gradients {
             load_square_transposed(r, of_k ? s.M : s.P, lower_square(SQUARES + i, j));
             mma_columns(z[0], z[1], f, r);
           }
-        decays<-1>(e, j, end);
         unpack(f, s.columns[warp][j][lane]);
+        if (REST) {
+          add_to_D<-1>(j, f, z);
+          continue;
+        }
+        decays<-1>(e, j, end);
         add<-1>(k, j, f, e, z);
       }
     }
   }
 
-  /* The pairs of the warp's square I with its square J, the anchor at the end of a tile. */
-  template <int I, int J>
+  /* The rests in place of the columns of the first half. */
+  __device__ __forceinline__ void put_rests() {
+    refresh();
+    float end[2], e[2][4];
+    anchor(end, fresh(TILES - 1));
+#pragma unroll
+    for (int j = 0; j < SQUARES; ++j) {
+      uint32_t f[4];
+      decays<-1>(e, j, end);
+      rest_of(f, s.k, j, e);
+      s.columns[warp][j][lane] = make_uint4(f[0], f[1], f[2], f[3]);
+    }
+  }
+
+  /* The pairs of the warp's square I with its square J, the anchor at the end of a tile. REST as above. */
+  template <int I, int J, bool REST>
   __device__ __forceinline__ void level(int tile) {
     refresh();
     uint32_t column[4], row[4], r[4];
     float a[2], y[2][4], z[2][4], e[2][4];
-    anchor(a, tile);
+    anchor(a, REST ? fresh(tile) : tile);
     decays<-1>(e, J, a);
-    decayed(column, s.k, J, e);
+    if (REST)
+      rest_of(column, s.k, J, e);
+    else
+      decayed(column, s.k, J, e);
     clear(z);
     decays<1>(e, I, a);
 #pragma unroll
@@ -578,6 +660,10 @@ struct Gradients {
       load_square_transposed(r, of_k ? s.M : s.P, own_square(I, J));
       mma_columns(z[0], z[1], row, r);
       add<1>(of_k ? k : q, I, row, e, y);
+    }
+    if (REST) {
+      add_to_D<-1>(J, column, z);
+      return;
     }
     anchor(a, fresh(tile)); /* or the compiler holds the exponentials from above in registers */
     decays<-1>(e, J, a);
@@ -645,14 +731,28 @@ struct Gradients {
   }
 
   __device__ __forceinline__ void sum_pairs(bool levels) {
-    middle();
-    level<1, 0>(1);
+    middle<false>();
+    /* U telescopes over nearly parallel keys, and so must what keys lose by rounding. */
+    if (s.parallel[0]) {
+      __syncthreads();
+      if (!half) put_rests();
+      __syncthreads();
+      middle<true>();
+    }
+    if (s.parallel[half]) {
+      level<1, 0, true>(1);
+      if (!levels) {
+        level<0, 0, true>(0);
+        if (in_turn()) level<1, 1, true>(2);
+      }
+    }
+    level<1, 0, false>(1);
     if (levels) {
       by_levels<0>();
       by_levels<1>();
     } else {
-      level<0, 0>(0);
-      if (in_turn()) level<1, 1>(2);
+      level<0, 0, false>(0);
+      if (in_turn()) level<1, 1, false>(2);
     }
   }
 

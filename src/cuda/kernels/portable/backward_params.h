@@ -64,10 +64,12 @@ typedef struct fkda_portable_backward_sizes {
 #define FKDA_BACKWARD_BETA(K) (132 * (K) + 4096)         /* [32] f32 */
 #define FKDA_BACKWARD_NORM_K(K) (132 * (K) + 4096 + 128) /* 1/|k| or 1 [32] f32 */
 #define FKDA_BACKWARD_NORM_Q(K) (132 * (K) + 4096 + 256) /* scale/|q| or scale [32] f32 */
-#define FKDA_BACKWARD_FORWARD_BYTES(K) (132 * (K) + 4096 + 384)
+/* Not 0: K_END holds differences of neighbours, each row less the next, for nearly all of them are nearly parallel. */
+#define FKDA_BACKWARD_PARALLEL(K) (132 * (K) + 4096 + 384)
+#define FKDA_BACKWARD_FORWARD_BYTES(K) (132 * (K) + 4096 + 400)
 #define FKDA_BACKWARD_Q_START(K) FKDA_BACKWARD_FORWARD_BYTES(K) /* scale/|q| q e^{G_i} [32][K] */
-#define FKDA_BACKWARD_P(K) (196 * (K) + 4096 + 384)             /* P, norms included [32][32] */
-#define FKDA_BACKWARD_RECORD_BYTES(K) (196 * (K) + 6144 + 384)
+#define FKDA_BACKWARD_P(K) (196 * (K) + 4096 + 400)             /* P, norms included [32][32] */
+#define FKDA_BACKWARD_RECORD_BYTES(K) (196 * (K) + 6144 + 400)
 /* From one chunk's record to the next's: room for half of the block's d_q, d_k too. */
 #define FKDA_BACKWARD_RECORD(K)                                                                    \
   (FKDA_BACKWARD_RECORD_BYTES(K) > 256 * (K) ? FKDA_BACKWARD_RECORD_BYTES(K) : 256 * (K))

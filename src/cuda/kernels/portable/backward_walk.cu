@@ -49,10 +49,26 @@ struct WalkState {
     }
   }
 
-  /* X[v,i] = sum_c s[v,c] tile[i,c] of 32 tokens, s <- s decay on the way. */
+  /* X[v,i] += sum_c s[v,c] tile[i,c] of 32 tokens for what s loses by rounding. */
+  __device__ __forceinline__ void look_up_rest(float (&X)[4][4], const bf16 *tile) const {
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k) {
+      uint32_t high, a[4], r[4];
+      const float(&x)[4] = s[2 * k], (&y)[4] = s[2 * k + 1];
+      split(x[0], x[1], high, a[0]);
+      split(x[2], x[3], high, a[1]);
+      split(y[0], y[1], high, a[2]);
+      split(y[2], y[3], high, a[3]);
+      load_square(r, tile, k);
+      mma_rows(X[0], X[1], a, r);
+      load_square(r, tile, K / 16 + k);
+      mma_rows(X[2], X[3], a, r);
+    }
+  }
+
+  /* X[v,i] += sum_c s[v,c] tile[i,c] of 32 tokens, s <- s decay on the way. */
   __device__ __forceinline__ void look_up(float (&X)[4][4], const bf16 *tile, const float *decay) {
     float odd[4][4];
-    clear(X);
     clear(odd);
     const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -135,6 +151,63 @@ __device__ __forceinline__ void apply_Z(float (&y)[4][4], const float (&w)[4][4]
     for (int i = 0; i < 4; ++i) y[n][i] += rest[n][i];
 }
 
+/* Running sums over 32 tokens: of a token and all before it, or with BACKWARD all behind it. */
+template <bool BACKWARD>
+__device__ __forceinline__ void sum_tokens(float (&y)[4][4]) {
+  const int quad = threadIdx.x & 3;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float carry = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int n = BACKWARD ? 3 - i : i;
+      float &first = y[n][2 * h + BACKWARD], &second = y[n][2 * h + !BACKWARD];
+      float sum = first + second;
+#pragma unroll
+      for (int width = 1; width < 4; width *= 2) {
+        const float other = BACKWARD ? __shfl_down_sync(0xffffffffu, sum, width)
+                                     : __shfl_up_sync(0xffffffffu, sum, width);
+        if (BACKWARD ? quad + width < 4 : quad >= width) sum += other;
+      }
+      const float whole = __shfl_sync(0xffffffffu, sum, (threadIdx.x & 28) | (BACKWARD ? 0 : 3));
+      first = carry + (sum - second);
+      second = carry + sum;
+      carry += whole;
+    }
+  }
+}
+
+/* E of 32 tokens, which will be rounded to bf16, so that the sums that S consists of lose no more by it than a token
+ * does: what a token loses is handed to the later ones as if its u had been like that, y_i -= Z_ij beta_j lost_j. */
+__device__ __forceinline__ void hand_on_rounding(float (&y)[4][4], const bf16 *Z_high,
+                                                 const float *beta) {
+  const int quad = threadIdx.x & 3;
+  const uint16_t *const Z = reinterpret_cast<const uint16_t *>(Z_high) + 16 * quad;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+#pragma unroll 1
+    for (int l = 0; l < 4; ++l)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 2 * l + e; /* of eight */
+        float lost[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float x = y[n][2 * h + e];
+          lost[h] = (__bfloat162float(__float2bfloat16_rn(x)) - x) * beta[8 * n + column];
+          lost[h] = __shfl_sync(0xffffffffu, lost[h], (threadIdx.x & 28) | l);
+        }
+#pragma unroll
+        for (int m = n; m < 4; ++m)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) { /* Z holds -Z, 0 on and above the diagonal */
+            const float z = low_of(Z[tile_at<STEP>(8 * m, 8 * n) + 8 * i + column]);
+            y[m][i] = fmaf(z, lost[0], y[m][i]);
+            y[m][2 + i] = fmaf(z, lost[1], y[m][2 + i]);
+          }
+      }
+}
+
 /* A warp's 32 tokens of 16 value columns to a tile [64][V] of the workspace. */
 __device__ __forceinline__ void keep_tokens(const float (&y)[4][4], char *tile, int V, int half,
                                             int v_square) {
@@ -215,6 +288,10 @@ struct Walker {
                                  FORWARD ? x.aligned_v : x.aligned_d_out);
   }
 
+  __device__ __forceinline__ static bool is_parallel(const char *f) {
+    return *reinterpret_cast<const uint32_t *>(f + FKDA_BACKWARD_PARALLEL(K));
+  }
+
   /* E and the next state from the operands of a chunk. */
   __device__ __forceinline__ void step_forward(const char *f, int chunk) {
     const int warp = threadIdx.x / 32, V = (int)x.problem.V;
@@ -225,7 +302,9 @@ struct Walker {
                               walk.head),
              V, walk.v_begin / 16 + warp);
     const auto tile = [&](int offset) { return reinterpret_cast<const bf16 *>(f + offset); };
+    const bool parallel = is_parallel(f);
     float R[4][4];
+    clear(R);
     S.look_up(R, tile(FKDA_BACKWARD_K_START(K)),
               reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
     float w[4][4];
@@ -245,17 +324,23 @@ struct Walker {
       }
     }
     apply_Z<true>(R, w, tile(FKDA_BACKWARD_Z_HIGH(K)), tile(FKDA_BACKWARD_Z_LOW(K)));
-    uint32_t u[2][4],
-        u_low[2][4]; /* where keys are nearly equal U telescopes, and one bf16 would show */
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int n = 0; n < 4; ++n) {
+      const float2 norm = of_tokens(f + FKDA_BACKWARD_NORM_K(K), n);
+      const float2 beta = of_tokens(f + FKDA_BACKWARD_BETA(K), n);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = 2 * h + (i >> 1), j = 2 * (i & 1);
-        const float2 norm = of_tokens(f + FKDA_BACKWARD_NORM_K(K), n);
-        const float2 beta = of_tokens(f + FKDA_BACKWARD_BETA(K), n);
-        split(norm.x * beta.x * R[n][j], norm.y * beta.y * R[n][j + 1], u[h][i], u_low[h][i]);
+      for (int h = 0; h < 2; ++h) {
+        w[n][2 * h] = norm.x * beta.x * R[n][2 * h];
+        w[n][2 * h + 1] = norm.y * beta.y * R[n][2 * h + 1];
       }
+    }
+    if (parallel) { /* U K^ by parts: sums of U, differences of K^ */
+      sum_tokens<false>(w);
+      hand_on_rounding(R, tile(FKDA_BACKWARD_Z_HIGH(K)),
+                       reinterpret_cast<const float *>(f + FKDA_BACKWARD_BETA(K)));
+    }
+    uint32_t u[2][4], u_low[2][4];
+    split_operand(u, u_low, w);
     S.add(u, tile(FKDA_BACKWARD_K_END(K)));
     S.add(u_low, tile(FKDA_BACKWARD_K_END(K)));
     keep_tokens(R,
@@ -275,9 +360,13 @@ struct Walker {
                               walk.head),
              V, walk.v_begin / 16 + warp);
     const auto tile = [&](int offset) { return reinterpret_cast<const bf16 *>(f + offset); };
+    const bool parallel = is_parallel(f);
     float dU[4][4];
+    clear(dU);
+    if (parallel) S.look_up_rest(dU, tile(FKDA_BACKWARD_K_END(K)));
     S.look_up(dU, tile(FKDA_BACKWARD_K_END(K)),
               reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
+    if (parallel) sum_tokens<true>(dU); /* of differences */
     uint32_t d_out[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
