@@ -25,8 +25,19 @@ __device__ __forceinline__ uint32_t processors() {
   asm("mov.u32 %0, %%nsmid;" : "=r"(n));
   return n;
 }
-__device__ __forceinline__ void prefetch(const void *at) {
-  asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
+/* Contiguous bytes into the second-level cache, by lane `lane` of `lanes`; from Hopper on the first does it alone. */
+__device__ __forceinline__ void prefetch(const char *from, int bytes, int lane, int lanes) {
+#if __CUDA_ARCH__ >= 900
+  if (lane) return;
+  const uint64_t begin = reinterpret_cast<uint64_t>(from) & ~(uint64_t)15;
+  bytes += (int)(reinterpret_cast<uint64_t>(from) - begin);
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :
+               : "l"(begin), "r"((bytes + 15) & ~15));
+#else
+  for (int i = 128 * lane; i < bytes; i += 128 * lanes)
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(from + i));
+#endif
 }
 
 constexpr int TILES = STEP / 8, SQUARES = STEP / 16; /* of a warp's tokens */
@@ -82,15 +93,16 @@ constexpr float NEGLIGIBLE = -16;
 static_assert(FKDA_GATE_CLAMP < -16, "the clamp");
 
 /* (20): dg becomes the gradient by the raw gate; returns what A_log gets. */
+template <int MODE>
 __device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, float bias,
                                            float exp_A, float &dg) {
   const float y = raw + bias;
-  if (p.gate == FKDA_GATE_BOUNDED) {
+  if (MODE == FKDA_GATE_BOUNDED) {
     const float z = exp_A * y, e = exp2_approx(-LOG2E * fabsf(z)), r = reciprocal(1 + e);
     dg *= (float)p.lower_bound * exp_A * (e * (r * r));
     return dg * y;
   }
-  if (p.gate == FKDA_GATE_SOFTPLUS) {
+  if (MODE == FKDA_GATE_SOFTPLUS) {
     const float g = -exp_A * softplus(y);
     const float inside = g < NEGLIGIBLE ? 0 : dg;
     dg = -inside * exp_A * sigmoid(y);
@@ -187,35 +199,34 @@ struct Gradients {
   /* What this processor's next block will load, into the second-level cache. With one block at a time nothing
    * else would keep the memory busy meanwhile. */
   __device__ __forceinline__ void prefetch_next() const {
+    constexpr int PARTS = 8; /* a warp each */
+    const int part = threadIdx.x / 32;
     const uint32_t id = blockIdx.x + processors();
-    if (id >= gridDim.x) return;
-    const int next_head = (int)(id % heads_of(p)), thread = threadIdx.x;
+    if (part >= PARTS || id >= gridDim.x) return;
+    const int next_head = (int)(id % heads_of(p));
     const int64_t next_row = id / heads_of(p);
     Block next;
     if (!find_block(p, next_row, next)) return;
-    const Workspace<K> w(x);
-    constexpr int LINE = 128;
-    const auto part = [&](char *base, int64_t size) {
-      char *from = Workspace<K>::at(base, size, next_row, w.heads, next_head);
-      for (int i = thread; i < (int)size / LINE; i += THREADS) prefetch(from + i * LINE);
-    };
-    part(w.states, w.sizes.states);
-    part(w.d_states, w.sizes.d_states);
-    part(w.differences, w.sizes.differences);
-    part(w.d_updates, w.sizes.d_updates);
-    const auto rows = [&](const fkda_rows &tensor, int of_head, int columns) {
-      const int size = tensor.dtype == FKDA_F32 ? 4 : 2, lines = columns * size / LINE;
-      const char *from = static_cast<const char *>(tensor.data) +
-                         row_of(tensor, next.span, next.t, of_head) * size;
-      if (tensor.data)
-        for (int i = thread; i < next.tokens * lines; i += THREADS)
-          prefetch(from + i / lines * tensor.stride_t * size + i % lines * LINE);
-    };
-    const int next_qk = qk_head_of(p, next_head);
-    rows(p.q, next_qk, K);
-    rows(p.k, next_qk, K);
-    rows(p.g, next_head, K);
-    rows(p.d_out, next_head, V);
+    if (part < 4) {
+      const Workspace<K> w(x);
+      const fkda_portable_backward_sizes &sizes = w.sizes;
+      char *const base = part == 0   ? w.states
+                         : part == 1 ? w.d_states
+                         : part == 2 ? w.differences
+                                     : w.d_updates;
+      const int64_t size = part < 2 ? sizes.states : sizes.differences;
+      prefetch(Workspace<K>::at(base, size, next_row, w.heads, next_head), (int)size, lane,
+               32);
+    } else {
+      const fkda_rows &rows = part == 4 ? p.q : part == 5 ? p.k : part == 6 ? p.g : p.d_out;
+      const int of_head = part < 6 ? qk_head_of(p, next_head) : next_head;
+      const int size = rows.dtype == FKDA_F32 ? 4 : 2, bytes = (part == 7 ? V : K) * size;
+      if (!rows.data) return;
+      const char *from =
+          static_cast<const char *>(rows.data) + row_of(rows, next.span, next.t, of_head) * size;
+      for (int i = lane; i < next.tokens; i += 32)
+        prefetch(from + i * rows.stride_t * size, bytes, 0, 1);
+    }
   }
 
   /* Weights w of 16 x 16 pairs as bf16, and what a row's column loses by it handed on to the next: sums over columns
@@ -392,21 +403,24 @@ struct Gradients {
 
   /* (2) of the raw gates in G, and its running sums. True if a half of 16 tokens leaves the anchor's range. */
   __device__ __forceinline__ bool sum_gates() {
+    if (p.gate == FKDA_GATE_BOUNDED) return sum_gates_as<FKDA_GATE_BOUNDED>();
+    if (p.gate == FKDA_GATE_SOFTPLUS) return sum_gates_as<FKDA_GATE_SOFTPLUS>();
+    return sum_gates_as<FKDA_GATE_DIRECT>();
+  }
+  template <int MODE>
+  __device__ __forceinline__ bool sum_gates_as() {
     const float exp_A = exp_A_of(p, head());
     bool over = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const Gate gate(p, p.gate, exp_A, bias_of(h));
+      const Gate gate(p, MODE, exp_A, bias_of(h));
       float carry = 0;
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
         float y[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float raw = G[n][2 * h + e];
-          y[e] = p.gate == FKDA_GATE_BOUNDED    ? gate.decay<FKDA_GATE_BOUNDED>(raw)
-                 : p.gate == FKDA_GATE_SOFTPLUS ? gate.decay<FKDA_GATE_SOFTPLUS>(raw)
-                                                : gate.decay<FKDA_GATE_DIRECT>(raw);
+          y[e] = gate.template decay<MODE>(G[n][2 * h + e]);
           if (STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) y[e] = 0;
         }
         float sum = y[0] + y[1];
@@ -843,12 +857,9 @@ struct Gradients {
     }
   }
 
-  /* (28), (20): D becomes the gradient by the raw gate. */
-  __device__ __forceinline__ void finish_gates() {
-    refresh();
-    const Workspace<K> w(x);
-    float *sums =
-        reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row(), w.heads, head()));
+  /* (28), (20): D becomes the gradient by the raw gate; the sum over tokens by the bias too. Returns what A_log gets. */
+  template <int MODE>
+  __device__ __forceinline__ float finish_gates_as() {
     const float exp_A = exp_A_of(p, head());
     float sum_A = 0;
     load_gates(G);
@@ -876,7 +887,7 @@ struct Gradients {
         for (int e = 0; e < 2; ++e) {
           const int token = STEP * half + 8 * n + 2 * (lane & 3) + e;
           if (token < block.tokens) {
-            sum_A += gate_back(p, G[n][2 * h + e], bias, exp_A, dg[e]);
+            sum_A += gate_back<MODE>(p, G[n][2 * h + e], bias, exp_A, dg[e]);
             sum_bias += dg[e];
           }
           D[n][2 * h + e] = dg[e];
@@ -886,10 +897,24 @@ struct Gradients {
       sum_bias += __shfl_xor_sync(0xffffffffu, sum_bias, 2);
       if ((lane & 3) == 0) s.sum_bias[half][channel(h)] = sum_bias;
     }
+    return sum_A;
+  }
+  __device__ __forceinline__ void finish_gates() {
+    refresh();
+    float sum_A;
+    if (p.gate == FKDA_GATE_BOUNDED)
+      sum_A = finish_gates_as<FKDA_GATE_BOUNDED>();
+    else if (p.gate == FKDA_GATE_SOFTPLUS)
+      sum_A = finish_gates_as<FKDA_GATE_SOFTPLUS>();
+    else
+      sum_A = finish_gates_as<FKDA_GATE_DIRECT>();
 #pragma unroll
     for (int width = 16; width; width /= 2) sum_A += __shfl_xor_sync(0xffffffffu, sum_A, width);
     if (lane == 0) s.sum_A[COLUMNS * half + warp] = sum_A;
     __syncthreads();
+    const Workspace<K> w(x);
+    float *sums =
+        reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row(), w.heads, head()));
     const uint32_t thread = threadIdx.x + opaque_zero();
     if (thread < K) sums[thread] = s.sum_bias[0][thread] + s.sum_bias[1][thread];
     if (thread == 0) {
@@ -900,6 +925,25 @@ struct Gradients {
     }
   }
 
+  /* A gradient in bf16 with rows that can be written in pieces: a lane has four channels of a token of each tile. */
+  __device__ __forceinline__ void store_pieces(const float (&y)[TILES][4], const fkda_rows &to,
+                                               int of_head) const {
+    const bool odd = lane & 1;
+    const int token = STEP * half + (lane >> 2);
+    bf16 *row = static_cast<bf16 *>(to.data) +
+                row_of(to, block.span, block.t + token, of_head) + 16 * warp + 8 * odd +
+                2 * (lane & 2);
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      const uint32_t low = transpose_matrix(pack(y[n][0], y[n][1]));
+      const uint32_t high = transpose_matrix(pack(y[n][2], y[n][3]));
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+      if (8 * n + token < block.tokens)
+        *reinterpret_cast<uint2 *>(row) = make_uint2(odd ? other : low, odd ? high : other);
+      row += 8 * to.stride_t;
+    }
+  }
+
   /* Rows of a gradient by way of shared memory: to the tensor, or with `part` to the workspace [64][K]. All threads. */
   __device__ __forceinline__ void store(const float (&y)[TILES][4], const fkda_rows &to,
                                         int of_head, bool aligned, float *part) {
@@ -907,6 +951,10 @@ struct Gradients {
     static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, P), "rows");
     if (!to.data) return;
     refresh();
+    if (to.dtype == FKDA_BF16 && aligned && !part) {
+      store_pieces(y, to, of_head);
+      return;
+    }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
@@ -938,14 +986,10 @@ struct Gradients {
         const uint4 packed =
             make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
         uint16_t *row = static_cast<uint16_t *>(to.data) + at;
-        if (aligned) {
-          *reinterpret_cast<uint4 *>(row) = packed;
-        } else {
-          row[0] = (uint16_t)packed.x, row[1] = (uint16_t)(packed.x >> 16);
-          row[2] = (uint16_t)packed.y, row[3] = (uint16_t)(packed.y >> 16);
-          row[4] = (uint16_t)packed.z, row[5] = (uint16_t)(packed.z >> 16);
-          row[6] = (uint16_t)packed.w, row[7] = (uint16_t)(packed.w >> 16);
-        }
+        row[0] = (uint16_t)packed.x, row[1] = (uint16_t)(packed.x >> 16);
+        row[2] = (uint16_t)packed.y, row[3] = (uint16_t)(packed.y >> 16);
+        row[4] = (uint16_t)packed.z, row[5] = (uint16_t)(packed.z >> 16);
+        row[6] = (uint16_t)packed.w, row[7] = (uint16_t)(packed.w >> 16);
       }
     }
   }

@@ -49,26 +49,11 @@ struct WalkState {
     }
   }
 
-  /* X[v,i] += sum_c s[v,c] tile[i,c] of 32 tokens for what s loses by rounding. */
-  __device__ __forceinline__ void look_up_rest(float (&X)[4][4], const bf16 *tile) const {
-#pragma unroll
-    for (int k = 0; k < K / 16; ++k) {
-      uint32_t high, a[4], r[4];
-      const float(&x)[4] = s[2 * k], (&y)[4] = s[2 * k + 1];
-      split(x[0], x[1], high, a[0]);
-      split(x[2], x[3], high, a[1]);
-      split(y[0], y[1], high, a[2]);
-      split(y[2], y[3], high, a[3]);
-      load_square(r, tile, k);
-      mma_rows(X[0], X[1], a, r);
-      load_square(r, tile, K / 16 + k);
-      mma_rows(X[2], X[3], a, r);
-    }
-  }
-
-  /* X[v,i] += sum_c s[v,c] tile[i,c] of 32 tokens, s <- s decay on the way. */
+  /* X[v,i] = sum_c s[v,c] tile[i,c] of 32 tokens, s <- s decay on the way. WHOLE: s in two parts. */
+  template <bool WHOLE>
   __device__ __forceinline__ void look_up(float (&X)[4][4], const bf16 *tile, const float *decay) {
     float odd[4][4];
+    clear(X);
     clear(odd);
     const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -80,6 +65,13 @@ struct WalkState {
       float(&x)[4][4] = k % 2 ? odd : X;
       mma_rows(x[0], x[1], a, r0);
       mma_rows(x[2], x[3], a, r1);
+      if (WHOLE) {
+        const float(&y)[4] = s[2 * k], (&z)[4] = s[2 * k + 1];
+        const uint32_t rest[4] = {pack_rest(y[0], y[1], a[0]), pack_rest(y[2], y[3], a[1]),
+                                  pack_rest(z[0], z[1], a[2]), pack_rest(z[2], z[3], a[3])};
+        mma_rows(x[0], x[1], rest, r0);
+        mma_rows(x[2], x[3], rest, r1);
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float2 d = *reinterpret_cast<const float2 *>(&decay[16 * k + 8 * h + 2 * (lane & 3)]);
@@ -288,11 +280,8 @@ struct Walker {
                                  FORWARD ? x.aligned_v : x.aligned_d_out);
   }
 
-  __device__ __forceinline__ static bool is_parallel(const char *f) {
-    return *reinterpret_cast<const uint32_t *>(f + FKDA_BACKWARD_PARALLEL(K));
-  }
-
-  /* E and the next state from the operands of a chunk. */
+  /* E and the next state from the operands of a chunk. PARALLEL: its K_END holds differences. */
+  template <bool PARALLEL>
   __device__ __forceinline__ void step_forward(const char *f, int chunk) {
     const int warp = threadIdx.x / 32, V = (int)x.problem.V;
     const int64_t row = walk.first + chunk / 2;
@@ -302,10 +291,8 @@ struct Walker {
                               walk.head),
              V, walk.v_begin / 16 + warp);
     const auto tile = [&](int offset) { return reinterpret_cast<const bf16 *>(f + offset); };
-    const bool parallel = is_parallel(f);
     float R[4][4];
-    clear(R);
-    S.look_up(R, tile(FKDA_BACKWARD_K_START(K)),
+    S.template look_up<false>(R, tile(FKDA_BACKWARD_K_START(K)),
               reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
     float w[4][4];
 #pragma unroll
@@ -334,7 +321,7 @@ struct Walker {
         w[n][2 * h + 1] = norm.y * beta.y * R[n][2 * h + 1];
       }
     }
-    if (parallel) { /* U K^ by parts: sums of U, differences of K^ */
+    if (PARALLEL) { /* U K^ by parts: sums of U, differences of K^ */
       sum_tokens<false>(w);
       hand_on_rounding(R, tile(FKDA_BACKWARD_Z_HIGH(K)),
                        reinterpret_cast<const float *>(f + FKDA_BACKWARD_BETA(K)));
@@ -350,6 +337,7 @@ struct Walker {
   }
 
   /* dW, dV and the gradient of the state before a chunk. */
+  template <bool PARALLEL>
   __device__ __forceinline__ void step_backward(const char *f, int chunk) {
     const fkda_problem &p = x.problem;
     const int warp = threadIdx.x / 32, V = (int)p.V;
@@ -360,13 +348,10 @@ struct Walker {
                               walk.head),
              V, walk.v_begin / 16 + warp);
     const auto tile = [&](int offset) { return reinterpret_cast<const bf16 *>(f + offset); };
-    const bool parallel = is_parallel(f);
     float dU[4][4];
-    clear(dU);
-    if (parallel) S.look_up_rest(dU, tile(FKDA_BACKWARD_K_END(K)));
-    S.look_up(dU, tile(FKDA_BACKWARD_K_END(K)),
+    S.template look_up<PARALLEL>(dU, tile(FKDA_BACKWARD_K_END(K)),
               reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
-    if (parallel) sum_tokens<true>(dU); /* of differences */
+    if (PARALLEL) sum_tokens<true>(dU); /* of differences */
     uint32_t d_out[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -443,10 +428,19 @@ struct Walker {
       const int next = i + stages - 1;
       if (next < chunks) load<FORWARD>(place(next), slot ? slot - 1 : stages - 1);
       cute::cp_async_fence();
-      if (FORWARD)
-        step_forward(ring + slot * STAGE, place(i));
-      else
-        step_backward(ring + slot * STAGE, place(i));
+      const char *f = ring + slot * STAGE;
+      const bool parallel = *reinterpret_cast<const uint32_t *>(f + FKDA_BACKWARD_PARALLEL(K));
+      if (FORWARD) {
+        if (parallel)
+          step_forward<true>(f, place(i));
+        else
+          step_forward<false>(f, place(i));
+      } else {
+        if (parallel)
+          step_backward<true>(f, place(i));
+        else
+          step_backward<false>(f, place(i));
+      }
       slot = slot + 1 == stages ? 0 : slot + 1;
     }
     if (!FORWARD && p.d_initial.data)
