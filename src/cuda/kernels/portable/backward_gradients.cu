@@ -25,18 +25,15 @@ __device__ __forceinline__ uint32_t processors() {
   asm("mov.u32 %0, %%nsmid;" : "=r"(n));
   return n;
 }
-/* Contiguous bytes into the second-level cache, by lane `lane` of `lanes`; from Hopper on the first does it alone. */
-__device__ __forceinline__ void prefetch(const char *from, int bytes, int lane, int lanes) {
+/* Into the second-level cache: the line of an address; or contiguous bytes, by a warp or from Hopper on by one lane of it. */
+__device__ __forceinline__ void prefetch(const char *at) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
+}
+__device__ __forceinline__ void prefetch(const char *from, int bytes, int lane) {
 #if __CUDA_ARCH__ >= 900
-  if (lane) return;
-  const uint64_t begin = reinterpret_cast<uint64_t>(from) & ~(uint64_t)15;
-  bytes += (int)(reinterpret_cast<uint64_t>(from) - begin);
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-               :
-               : "l"(begin), "r"((bytes + 15) & ~15));
+  if (lane == 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes));
 #else
-  for (int i = 128 * lane; i < bytes; i += 128 * lanes)
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(from + i));
+  for (int i = 128 * lane; i < bytes; i += 128 * 32) prefetch(from + i);
 #endif
 }
 
@@ -72,7 +69,7 @@ struct GradientsShared {
   float whole[2][K];  /* G of each half */
   float always[2][K]; /* what all tokens get in (28), halves to be added */
   float behind[K];    /* what the first half gets from the second */
-  float norm_k[BLOCK_TOKENS], norm_q[BLOCK_TOKENS], beta[BLOCK_TOKENS];
+  float norm_k[BLOCK_TOKENS], norm_q[BLOCK_TOKENS], by_k[BLOCK_TOKENS]; /* by_k: norm_k beta */
   float P_diagonal[BLOCK_TOKENS]; /* weight of q_i k_i */
   float d_beta[BLOCK_TOKENS];
   float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
@@ -187,9 +184,11 @@ struct Gradients {
     if (threadIdx.x < BLOCK_TOKENS) {
       const char *record = w.record(row(), head(), threadIdx.x / STEP);
       const int i = threadIdx.x % STEP;
-      s.norm_k[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
+      const float norm_k = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
+      s.norm_k[threadIdx.x] = norm_k;
       s.norm_q[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K))[i];
-      s.beta[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K))[i];
+      s.by_k[threadIdx.x] =
+          norm_k * reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K))[i];
       if (i == 0)
         s.parallel[threadIdx.x / STEP] =
             *reinterpret_cast<const int *>(record + FKDA_BACKWARD_PARALLEL(K));
@@ -215,8 +214,7 @@ struct Gradients {
                          : part == 2 ? w.differences
                                      : w.d_updates;
       const int64_t size = part < 2 ? sizes.states : sizes.differences;
-      prefetch(Workspace<K>::at(base, size, next_row, w.heads, next_head), (int)size, lane,
-               32);
+      prefetch(Workspace<K>::at(base, size, next_row, w.heads, next_head), (int)size, lane);
     } else {
       const fkda_rows &rows = part == 4 ? p.q : part == 5 ? p.k : part == 6 ? p.g : p.d_out;
       const int of_head = part < 6 ? qk_head_of(p, next_head) : next_head;
@@ -225,7 +223,8 @@ struct Gradients {
       const char *from =
           static_cast<const char *>(rows.data) + row_of(rows, next.span, next.t, of_head) * size;
       for (int i = lane; i < next.tokens; i += 32)
-        prefetch(from + i * rows.stride_t * size, bytes, 0, 1);
+        for (int line = 0; line < bytes; line += 128)
+          prefetch(from + i * rows.stride_t * size + line);
     }
   }
 
@@ -255,6 +254,7 @@ struct Gradients {
   /* (24), (23)'s d_beta. */
   __device__ __forceinline__ void weigh_pairs() {
     refresh();
+    const int turned = (lane & 7) | (lane & 8) << 1 | (lane & 16) >> 1; /* A operand by rows */
 #pragma unroll 1
     for (int job = threadIdx.x / 32; job < 20; job += WARPS) {
       const bool of_q = job < 10;
@@ -266,27 +266,31 @@ struct Gradients {
       clear(acc);
 #pragma unroll
       for (int v = 0; v < V / 16; ++v) {
-        uint32_t r[4], b[4];
-        load_square(r, rows, i * (V / 16) + v);
+        uint32_t a[4], b[4];
+        load_matrices(a, rows + (i * (V / 16) + v) * SQUARE + turned * 8);
         load_square(b, s.E, j * (V / 16) + v);
-        const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
         mma_rows(acc[0], acc[1], a, b);
       }
+      const float *of_rows = (of_q ? s.norm_q : s.by_k) + 16 * i + (lane >> 2);
+      const float sign = of_q ? 1 : -1, of_row[2] = {sign * of_rows[0], sign * of_rows[8]};
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+      for (int n = 0; n < 2; ++n) {
+        const float2 of_column =
+            *reinterpret_cast<const float2 *>(&s.by_k[16 * j + 8 * n + 2 * (lane & 3)]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = 16 * i + 8 * h + (lane >> 2), column = 16 * j + 8 * n + 2 * (lane & 3);
-          const float y0 = acc[n][2 * h], y1 = acc[n][2 * h + 1];
-          const float2 beta = *reinterpret_cast<const float2 *>(&s.beta[column]);
-          const float2 norm = *reinterpret_cast<const float2 *>(&s.norm_k[column]);
-          const float of_row = of_q ? s.norm_q[row] : -s.beta[row] * s.norm_k[row];
-          const float w0 = y0 * of_row * beta.x * norm.x, w1 = y1 * of_row * beta.y * norm.y;
-          if (row == column) (of_q ? s.P_diagonal : s.d_beta)[row] = of_q ? w0 : y0;
-          if (row == column + 1) (of_q ? s.P_diagonal : s.d_beta)[row] = of_q ? w1 : y1;
-          acc[n][2 * h] = row > column ? w0 : 0;
-          acc[n][2 * h + 1] = row > column + 1 ? w1 : 0;
+          float &w0 = acc[n][2 * h], &w1 = acc[n][2 * h + 1];
+          const float y0 = w0, y1 = w1;
+          w0 *= of_row[h] * of_column.x, w1 *= of_row[h] * of_column.y;
+          if (i != j) continue;
+          const int row = 8 * h + (lane >> 2), ahead = row - (8 * n + 2 * (lane & 3));
+          float *diagonal = (of_q ? s.P_diagonal : s.d_beta) + 16 * i + row;
+          if (ahead == 0) *diagonal = of_q ? w0 : y0;
+          if (ahead == 1) *diagonal = of_q ? w1 : y1;
+          if (ahead <= 0) w0 = 0;
+          if (ahead <= 1) w1 = 0;
         }
+      }
       if (s.parallel[j / 2]) {
         const int row = 16 * (i - j) + (lane >> 2), last[2] = {row - 1, row + 7};
         hand_on_rounding(acc, last);
@@ -327,7 +331,7 @@ struct Gradients {
     clear(late);
     clear(early);
     overlap[0] = overlap[1] = 0;
-#pragma unroll 1
+#pragma unroll
     for (int v0 = 0; v0 < V / 16; v0 += AHEAD)
 #pragma unroll
       for (int j = 0; j < AHEAD; ++j) {
@@ -357,9 +361,8 @@ struct Gradients {
       }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-      const float2 norm_q = of_tokens(s.norm_q, n), norm_k = of_tokens(s.norm_k, n);
-      const float2 beta = of_tokens(s.beta, n);
-      const float by[2] = {norm_k.x * beta.x, norm_k.y * beta.y}, by_q[2] = {norm_q.x, norm_q.y};
+      const float2 norm_q = of_tokens(s.norm_q, n), by_k = of_tokens(s.by_k, n);
+      const float by[2] = {by_k.x, by_k.y}, by_q[2] = {norm_q.x, norm_q.y};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         q[n][i] *= by_q[i & 1];
@@ -885,11 +888,9 @@ struct Gradients {
         carry += __shfl_sync(0xffffffffu, sum, lane & ~3);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int token = STEP * half + 8 * n + 2 * (lane & 3) + e;
-          if (token < block.tokens) {
-            sum_A += gate_back<MODE>(p, G[n][2 * h + e], bias, exp_A, dg[e]);
-            sum_bias += dg[e];
-          }
+          if (STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) dg[e] = 0;
+          sum_A += gate_back<MODE>(p, G[n][2 * h + e], bias, exp_A, dg[e]);
+          sum_bias += dg[e];
           D[n][2 * h + e] = dg[e];
         }
       }
