@@ -68,6 +68,13 @@ static int32_t split_of(const fkda_problem *p) {
   return p->V == 128 && 2 * p->N * p->HV <= FKDA_CUDA_PROCESSORS ? 2 : 1;
 }
 
+/* More tasks than that, but is one of the sequences perhaps so long that its tasks outlast all others, while processors
+ * are left over after all? Lengths are known on the device only. */
+static bool by_lengths(const fkda_problem *p) {
+  return p->V == 128 && split_of(p) == 1 && p->cu_seqlens.data && p->N <= FKDA_SM90_MAX_SORTED &&
+         2 * p->HV <= FKDA_CUDA_PROCESSORS;
+}
+
 /* Coordinates of tokens are 32 bits wide, also those of the rows that a last box has too many. */
 #define MAX_TOKENS (INT32_MAX - FKDA_SM90_CHUNK)
 #define COPY_UNIT 16                  /* bytes: the copy engine's alignment */
@@ -177,6 +184,15 @@ static fkda_status make_maps(const fkda_cuda_driver *driver, void *of) {
   return status;
 }
 
+/* The second of two launches, from what the first has before it. */
+static fkda_status halve(const fkda_cuda_driver *driver, void *of) {
+  (void)driver;
+  fkda_sm90_params *params = of;
+  *params = params[-1];
+  params->value_split = 2;
+  return FKDA_OK;
+}
+
 static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
                           const fkda_plan_t *plan) {
   (void)self;
@@ -185,17 +201,24 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);
   if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
 
-  fkda_sm90_params params = {.problem = *p, .value_split = plan->value_split};
-  const int64_t processors = driver->devices[p->device_id].processors; /* a block fills one */
-  const fkda_cuda_launch l = {
-      .kernels = &kernels,
-      .kernel = kernel_of(p, p->V / plan->value_split),
-      .blocks = (uint32_t)(plan->tasks < processors ? plan->tasks : processors),
-      .threads = FKDA_SM90_PREFILL_THREADS,
-      .params = &params,
-      .prepare = make_maps,
-  };
-  return fkda_cuda_launch_all(driver, p->device_id, p->stream, &l, 1);
+  const int32_t processors = driver->devices[p->device_id].processors; /* a block fills one */
+  fkda_sm90_params params[2] = {{.problem = *p,
+                                 .value_split = plan->value_split,
+                                 .by_lengths = by_lengths(p) ? processors : 0}};
+  fkda_cuda_launch launches[2];
+  const int32_t count = params[0].by_lengths ? 2 : 1;
+  for (int32_t i = 0; i < count; ++i) {
+    const int64_t split = plan->value_split << i, tasks = plan->tasks << i;
+    launches[i] = (fkda_cuda_launch){
+        .kernels = &kernels,
+        .kernel = kernel_of(p, p->V / split),
+        .blocks = (uint32_t)(tasks < processors ? tasks : processors),
+        .threads = FKDA_SM90_PREFILL_THREADS,
+        .params = &params[i],
+        .prepare = i ? halve : make_maps,
+    };
+  }
+  return fkda_cuda_launch_all(driver, p->device_id, p->stream, launches, count);
 }
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {

@@ -20,12 +20,16 @@ typedef struct fkda_sm90_params {
   fkda_tensor_map q, k, g, v, out;
   fkda_problem problem;
   int32_t value_split; /* blocks that share a head's V; a block's part is V / value_split columns */
+  /* Not 0: the call is launched twice, with V whole and in halves, and one of the two does it, as lengths say that
+   * only the device knows. The number of processors. */
+  int32_t by_lengths;
 } fkda_sm90_params;
 
 /* Grids are one-dimensional: a block does tasks, (n * HV + head) * value_split + part, one after the other. */
 
-#define FKDA_SM90_CHUNK 32      /* tokens a chunk */
-#define FKDA_SM90_BOX_BYTES 128 /* a box's row: one swizzle period */
+#define FKDA_SM90_CHUNK 32        /* tokens a chunk */
+#define FKDA_SM90_MAX_SORTED 1024 /* sequences; more are taken as they come */
+#define FKDA_SM90_BOX_BYTES 128   /* a box's row: one swizzle period */
 
 /* X(K, part, dtype of g, bounded gate?, suffix): K channels, `part` value columns a block. The entry point is
  * fkda_sm90_prefill_k<K>_v<part><suffix>. */

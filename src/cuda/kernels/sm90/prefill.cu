@@ -29,13 +29,35 @@ namespace fkda {
 constexpr int ALIGNMENT = 2048; /* of the slots: a walk's xor reaches bit 10 */
 constexpr int ALIGNED = 1024;   /* `memory` is already */
 
-/* shared.order. */
+constexpr int TASK_COST =
+    3; /* chunks: what reading and writing a state takes beside the work on a chunk */
+
+/* Is the launch the one of two that does the call? A block with half of V's columns takes three quarters of the time for a
+ * chunk, of which there are twice as many then: worth it where one long sequence would outlast all others. `lengths` of
+ * p.N sequences; room for two ints behind them. All threads of the block, and of every block alike. */
 template <class S>
-__device__ void sort_sequences(const fkda_problem &p, Shared<S> &shared) {
-  const int N = (int)p.N;
-  int *lengths = reinterpret_cast<int *>(shared.slots[0]);
-  for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
+__device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
+  const int N = (int)params.problem.N;
+  int *sums = lengths + MAX_SORTED, longest = 0, work = 0;
+  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();
+  for (int n = threadIdx.x; n < N; n += S::THREADS) {
+    const int cost = (lengths[n] + CHUNK - 1) / CHUNK + TASK_COST;
+    longest = max(longest, cost), work += cost;
+  }
+  atomicMax(&sums[0], longest);
+  atomicAdd(&sums[1], work);
+  __syncthreads();
+  longest = sums[0];
+  const int64_t share = (sums[1] * params.problem.HV + params.by_lengths - 1) / params.by_lengths;
+  const int64_t whole = 4 * max((int64_t)longest, share),
+                halves = 3 * max((int64_t)longest, 2 * share);
+  return (halves < whole) == (params.value_split == 2);
+}
+
+/* shared.order of sequences with these lengths. */
+template <class S>
+__device__ void sort_sequences(Shared<S> &shared, const int *lengths, int N) {
   for (int n = threadIdx.x; n < N; n += S::THREADS) {
     const int length = lengths[n];
     int before = 0;
@@ -44,8 +66,6 @@ __device__ void sort_sequences(const fkda_problem &p, Shared<S> &shared) {
   }
 }
 
-constexpr int TASK_COST =
-    3; /* chunks: what reading and writing a state takes beside the work on a chunk */
 constexpr int MAX_DEALT =
     8; /* tasks a block, of which loads are added up; more come out even by themselves */
 
@@ -108,10 +128,17 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
   const int N = (int)p.N;
   Deal &deal = shared.deal;
   if (threadIdx.x == 0) deal = {p.N * per_sequence, 0, 0, 0, 0};
-  if (is_sorted(p)) sort_sequences(p, shared);
-  __syncthreads();
   if (is_sorted(p)) {
-    const int *lengths = reinterpret_cast<const int *>(shared.slots[0]);
+    int *lengths = reinterpret_cast<int *>(shared.slots[0]);
+    for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
+    __syncthreads();
+    if (params.by_lengths && !is_meant<S>(params, lengths)) {
+      if (threadIdx.x == 0) deal.dealt = 0, deal.own = 0;
+      __syncthreads();
+      return;
+    }
+    sort_sequences(shared, lengths, N);
+    __syncthreads();
     for (int i = threadIdx.x; i < N; i += S::THREADS)
       if (lengths[shared.order[i]] > CHUNK && (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
         deal.longer = i + 1;

@@ -29,7 +29,7 @@ constexpr int SQUARE =
     CHUNK * CHUNK * (int)sizeof(bf16); /* 32 rows of 64 bytes, swizzled by 64 bytes */
 
 constexpr int TASKS = 8;
-constexpr int MAX_SORTED = 1024; /* sequences; more are taken as they come */
+constexpr int MAX_SORTED = FKDA_SM90_MAX_SORTED;
 /* K' and Q' carry 2^SHIFT, S1 and K^ 2^-SHIFT: a bounded gate's exponents are then within 2^+-112 on both sides of the
  * anchor, which leaves as much room for large k. */
 constexpr float SHIFT = 4;
