@@ -71,7 +71,7 @@ tests() { # NAME SECONDS EXPRESSION FILE...
 }
 # Tests with FLA compile its kernels for the most part: they run beside all that follows.
 suites=(python)
-rest="(cuda or test_other) and not fla_model"
+rest="(cuda or test_env or test_other) and not fla_model"
 if "$python" -c 'import fla.ops.kda' 2>$logs/fla.log; then
   suites+=(python-fla)
   fla='of_fla or fla_trains or test_fla'
@@ -82,7 +82,7 @@ else
 fi
 title "Python tests"
 tests python 300 "$rest" \
-  test_{cuda,torch_cuda,other_libraries,sglang,vllm,transformers,examples,train}.py
+  test_{cuda,torch_cuda,env,other_libraries,sglang,vllm,transformers,examples,train}.py
 
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer)
 cases=(

@@ -6,13 +6,14 @@ Usage: gpu_summary.py --backends NAME,... --commit C --sanitized N --python NAME
 import argparse
 import collections
 import datetime
-import importlib.metadata
 import json
 import pathlib
 import platform
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+
+from flash_kda import env
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Why a CUDA backend may skip a case. The contract has these sizes and dtypes; what `sm90` is not made for,
@@ -30,13 +31,6 @@ MAY_SKIP = {
         r"\w+: data 0x\w+, expected a multiple of 16",
     ),
 }
-
-
-# What the Python tests need; but for the first three they do without.
-PACKAGES = (
-    "torch", "numpy", "ml-dtypes", "triton", "fla-core", "flash-linear-attention", "transformers",
-    "cupy", "jax",
-)  # fmt: skip
 
 
 def read_device(path):
@@ -86,18 +80,6 @@ def read_check(path, backend):
         "failures": failures,
         "errors_by_gate": errors,
     }
-
-
-def packages():
-    """Versions of what the Python tests ran with."""
-    found = {}
-    for one in importlib.metadata.distributions():
-        name = (one.metadata["Name"] or "").lower().replace("_", "-")
-        if name.startswith("cupy-cuda"):
-            name = "cupy"
-        found.setdefault(name, one.version)  # the first on the path is what gets imported
-    versions = {name: found.get(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions}
 
 
 def read_python(path):
@@ -221,7 +203,7 @@ def main():
         "backends": tables,
         "sanitizers": sanitizers,
         "sanitized_cases": options.sanitized,
-        "python": {**python, "packages": packages()},
+        "python": {**python, "packages": {"python": platform.python_version(), **env.packages()}},
     }
     options.summary.write_text(json.dumps(summary, indent=1) + "\n")
     for problem in problems:
