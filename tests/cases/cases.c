@@ -1292,8 +1292,16 @@ static void backward_cases(void) {
     backward_shapes(io);
     backward_nan(io);
   }
+  fkda_case *c = add_backward(2, FKDA_BF16, "collinear_D128"); /* every size of a kernel's tiles */
+  collinear(c);
+  c->T = 150;
+  c->HV = 2;
+  c->K = c->V = 128;
+  direct(c, uniform(-8e-3, -2e-3));
+  c->range = "collinear keys";
+  c->q_is_k = false;
   add_backward(8, FKDA_F16, "plain");
-  fkda_case *c = add_backward(9, FKDA_F16, "ragged_gva_kv");
+  c = add_backward(9, FKDA_F16, "ragged_gva_kv");
   ragged(c, mixed_lens, 11);
   c->HV = 4;
   c->K = 37;

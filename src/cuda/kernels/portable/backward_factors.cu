@@ -27,7 +27,7 @@ struct FactorsShared {
   float M[STEP][STEP + 4];
   float squares[2][FACTOR_WARPS][STEP]; /* [k, q]: each warp's part of |k|^2, |q|^2 */
   float norm_k[STEP], norm_q[STEP], beta[STEP];
-  int near[STEP]; /* is a key nearly parallel to the one before? */
+  float neighbours[STEP]; /* product of a key and the one before */
 };
 
 __device__ __forceinline__ float squares_of(const float (&parts)[FACTOR_WARPS][STEP], int token) {
@@ -366,15 +366,27 @@ __device__ __forceinline__ void multiply_by_levels(float (&acc)[FACTOR_JOBS][4],
   }
 }
 
-/* Are a key and the one before so nearly parallel that sums of U over them lose more by rounding U than differences of
- * the keys do? `product` of the two, decay included. With beta 1 a cosine of 3/4; with less, sums of U are longer. */
+/* Are most keys of a chunk so nearly parallel to the one before that sums of U lose more by rounding U than by differences
+ * of the keys? A token's product with the one before has its decay; with beta 1 it is a cosine of 3/4 that counts, with
+ * less, sums of U are longer. A key much shorter than others (padding, 0) has a U so much larger, which is in all later
+ * sums and would have to cancel in them: then not. */
 template <int K>
-__device__ __forceinline__ bool nearly_parallel(const FactorsShared<K> &s, int token,
-                                                float product) {
+__device__ __forceinline__ bool nearly_parallel(const FactorsShared<K> &s, int tokens) {
+  const int token = threadIdx.x & 31, pairs = (tokens < STEP ? tokens : STEP) - 1;
   const float square = squares_of(s.squares[0], token);
+  const float before = __shfl_up_sync(0xffffffffu, square, 1);
   const float strength = s.beta[token] * s.norm_k[token] * s.norm_k[token] * square;
-  const float least = 1 - 0.25f * fminf(strength, 1);
-  return product > least * sqrtf(square * squares_of(s.squares[0], token - 1));
+  const float least = (1 - 0.25f * fminf(strength, 1)) * sqrtf(square * before);
+  const bool near = token && token <= pairs && s.neighbours[token] > least;
+  const float norm = s.norm_k[token <= pairs ? token : 0];
+  float most_norm = norm, least_norm = norm;
+#pragma unroll
+  for (int width = 1; width < 32; width *= 2) {
+    most_norm = fmaxf(most_norm, __shfl_xor_sync(0xffffffffu, most_norm, width));
+    least_norm = fminf(least_norm, __shfl_xor_sync(0xffffffffu, least_norm, width));
+  }
+  return pairs > 0 && most_norm <= 2 * least_norm &&
+         4 * __popc(__ballot_sync(0xffffffffu, near)) >= 3 * pairs;
 }
 
 /* A chunk's keys to its end anew, each less the next. What U loses by rounding, and these, then meet differences: with
@@ -524,16 +536,13 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
       } else {
         s.M[r][column] = r > column ? y0 : 0;
         s.M[r][column + 1] = r > column + 1 ? y1 : 0;
-        if (r == column + 1 || r == column + 2)
-          s.near[r] = nearly_parallel(s, r, r == column + 1 ? acc[n][i] : acc[n][i + 1]);
+        if (r == column + 1) s.neighbours[r] = acc[n][i];
+        if (r == column + 2) s.neighbours[r] = acc[n][i + 1];
       }
     }
   }
   __syncthreads();
-  const int neighbours = (tokens < STEP ? tokens : STEP) - 1;
-  const bool near = lane && lane <= neighbours && s.near[lane];
-  const int parallel = __popc(__ballot_sync(0xffffffffu, near));
-  const bool differences = neighbours > 0 && 4 * parallel >= 3 * neighbours;
+  const bool differences = nearly_parallel(s, tokens);
   if (threadIdx.x == 0)
     *reinterpret_cast<uint32_t *>(record + FKDA_BACKWARD_PARALLEL(K)) = differences;
   if (differences) make_differences(mine, record);

@@ -85,8 +85,10 @@ struct WalkState {
       for (int i = 0; i < 4; ++i) X[n][i] += odd[n][i];
   }
 
-  /* s[v,c] += sum_i u[v,i] tile[i,c] */
-  __device__ __forceinline__ void add(const uint32_t (&u)[2][4], const bf16 *tile) {
+  /* s[v,c] += sum_i u[v,i] tile[i,c]; BOTH: of u + low. */
+  template <bool BOTH>
+  __device__ __forceinline__ void add(const uint32_t (&u)[2][4], const uint32_t (&low)[2][4],
+                                      const bf16 *tile) {
 #pragma unroll
     for (int k = 0; k < K / 16; ++k)
 #pragma unroll
@@ -94,6 +96,7 @@ struct WalkState {
         uint32_t r[4];
         load_square_transposed(r, tile, h * (K / 16) + k);
         mma_columns(s[2 * k], s[2 * k + 1], u[h], r);
+        if (BOTH) mma_columns(s[2 * k], s[2 * k + 1], low[h], r);
       }
   }
 };
@@ -328,8 +331,8 @@ struct Walker {
     }
     uint32_t u[2][4], u_low[2][4];
     split_operand(u, u_low, w);
-    S.add(u, tile(FKDA_BACKWARD_K_END(K)));
-    S.add(u_low, tile(FKDA_BACKWARD_K_END(K)));
+    S.template add<false>(u, u, tile(FKDA_BACKWARD_K_END(K)));
+    S.template add<false>(u_low, u_low, tile(FKDA_BACKWARD_K_END(K)));
     keep_tokens(R,
                 Workspace<K>::at(workspace.differences, workspace.sizes.differences, row,
                                  workspace.heads, walk.head),
@@ -377,7 +380,7 @@ struct Walker {
       w[n][2] = beta.x * dU[n][2], w[n][3] = beta.y * dU[n][3];
     }
     apply_Z<false>(dU, w, tile(FKDA_BACKWARD_Z_HIGH(K)), tile(FKDA_BACKWARD_Z_LOW(K)));
-    uint32_t u[2][4];
+    uint32_t u[2][4], u_low[2][4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const float2 norm = of_tokens(f + FKDA_BACKWARD_NORM_K(K), n);
@@ -385,11 +388,12 @@ struct Walker {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         w[n][2 * h] = beta.x * dU[n][2 * h], w[n][2 * h + 1] = beta.y * dU[n][2 * h + 1];
-        u[n >> 1][2 * (n & 1) + h] = pack(-norm.x * w[n][2 * h], -norm.y * w[n][2 * h + 1]);
+        const int i = 2 * (n & 1) + h;
+        split(-norm.x * w[n][2 * h], -norm.y * w[n][2 * h + 1], u[n >> 1][i], u_low[n >> 1][i]);
       }
     }
-    S.add(d_out, tile(FKDA_BACKWARD_Q_START(K)));
-    S.add(u, tile(FKDA_BACKWARD_K_START(K)));
+    S.template add<false>(d_out, d_out, tile(FKDA_BACKWARD_Q_START(K)));
+    S.template add<PARALLEL>(u, u_low, tile(FKDA_BACKWARD_K_START(K))); /* dV telescopes too */
     keep_tokens(dU,
                 Workspace<K>::at(workspace.d_updates, workspace.sizes.d_updates, row,
                                  workspace.heads, walk.head),
