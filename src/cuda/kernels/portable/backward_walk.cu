@@ -8,7 +8,8 @@
  * state in f32 accumulators from end to end, transposed so that value rows are the M dimension, and needs nothing of
  * the other warps. What it multiplies by was made by the launch before and comes through a ring of chunks in
  * shared memory. All exponents in it are <= 0. Norms of keys are applied to products in f32: what is written
- * into the state and what is looked up in it are roundings of the same raw key. */
+ * into the state and what is looked up in it are roundings of the same raw key. Chunks whose keys are nearly parallel have a
+ * step of their own, in which what is rounded does not add up. */
 #include "cuda/kernels/portable/backward.cuh"
 
 namespace fkda {
@@ -146,7 +147,7 @@ __device__ __forceinline__ void apply_Z(float (&y)[4][4], const float (&w)[4][4]
     for (int i = 0; i < 4; ++i) y[n][i] += rest[n][i];
 }
 
-/* Running sums over 32 tokens: of a token and all before it, or with BACKWARD all behind it. */
+/* Running sums over 32 tokens, for (29): of a token and all before it, or with BACKWARD all behind it. */
 template <bool BACKWARD>
 __device__ __forceinline__ void sum_tokens(float (&y)[4][4]) {
   const int quad = threadIdx.x & 3;
@@ -173,7 +174,7 @@ __device__ __forceinline__ void sum_tokens(float (&y)[4][4]) {
 }
 
 /* E of 32 tokens, which will be rounded to bf16, so that the sums that S consists of lose no more by it than a token
- * does: what a token loses is handed to the later ones as if its u had been like that, y_i -= Z_ij beta_j lost_j. */
+ * does: what a token loses is handed to the later ones as if its u had been like that: (30). */
 __device__ __forceinline__ void hand_on_rounding(float (&y)[4][4], const bf16 *Z_high,
                                                  const float *beta) {
   const int quad = threadIdx.x & 3;
@@ -324,7 +325,7 @@ struct Walker {
         w[n][2 * h + 1] = norm.y * beta.y * R[n][2 * h + 1];
       }
     }
-    if (PARALLEL) { /* U K^ by parts: sums of U, differences of K^ */
+    if (PARALLEL) { /* (29) */
       sum_tokens<false>(w);
       hand_on_rounding(R, tile(FKDA_BACKWARD_Z_HIGH(K)),
                        reinterpret_cast<const float *>(f + FKDA_BACKWARD_BETA(K)));
