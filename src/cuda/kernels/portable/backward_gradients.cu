@@ -37,6 +37,13 @@ __device__ __forceinline__ void prefetch(const char *from, int bytes, int lane) 
 #endif
 }
 
+/* The gates come again while d_q and d_k are stored; from sm_100 on the compiler would spill for it. */
+#if __CUDA_ARCH__ >= 1000
+constexpr bool GATES_EARLY = false;
+#else
+constexpr bool GATES_EARLY = true;
+#endif
+
 constexpr int TILES = STEP / 8, SQUARES = STEP / 16; /* of a warp's tokens */
 
 template <int K, int V>
@@ -181,17 +188,31 @@ struct Gradients {
                Workspace<K>::at(w.d_updates, w.sizes.d_updates, row(), w.heads, head()),
                BLOCK_TOKENS * V * 2, THREADS);
     cute::cp_async_fence();
+  }
+
+  /* What there is once a token, a token a thread: on its way, then to shared memory. */
+  struct OfToken {
+    float norm_k, norm_q, beta;
+    int parallel;
+  };
+  __device__ __forceinline__ OfToken load_token() const {
+    OfToken t = {};
     if (threadIdx.x < BLOCK_TOKENS) {
-      const char *record = w.record(row(), head(), threadIdx.x / STEP);
       const int i = threadIdx.x % STEP;
-      const float norm_k = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K))[i];
-      s.norm_k[threadIdx.x] = norm_k;
-      s.norm_q[threadIdx.x] = reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K))[i];
-      s.by_k[threadIdx.x] =
-          norm_k * reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K))[i];
-      if (i == 0)
-        s.parallel[threadIdx.x / STEP] =
-            *reinterpret_cast<const int *>(record + FKDA_BACKWARD_PARALLEL(K));
+      const char *record = Workspace<K>(x).record(row(), head(), threadIdx.x / STEP);
+      t.norm_k = __ldg(reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K)) + i);
+      t.norm_q = __ldg(reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K)) + i);
+      t.beta = __ldg(reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K)) + i);
+      t.parallel = __ldg(reinterpret_cast<const int *>(record + FKDA_BACKWARD_PARALLEL(K)));
+    }
+    return t;
+  }
+  __device__ __forceinline__ void keep_token(const OfToken &t) {
+    if (threadIdx.x < BLOCK_TOKENS) {
+      s.norm_k[threadIdx.x] = t.norm_k;
+      s.norm_q[threadIdx.x] = t.norm_q;
+      s.by_k[threadIdx.x] = t.norm_k * t.beta;
+      if (threadIdx.x % STEP == 0) s.parallel[threadIdx.x / STEP] = t.parallel;
     }
   }
 
@@ -865,7 +886,6 @@ struct Gradients {
   __device__ __forceinline__ float finish_gates_as() {
     const float exp_A = exp_A_of(p, head());
     float sum_A = 0;
-    load_gates(G);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float bias = bias_of(h);
@@ -1013,11 +1033,13 @@ struct Gradients {
   }
 
   __device__ __forceinline__ void run() {
+    load_gates(G); /* what is needed first */
     load();
-    load_gates(G);
-    const bool over = sum_gates();
+    const OfToken token = load_token();
     uint4 S[AHEAD], dS[AHEAD];
     load_states(S, dS);
+    const bool over = sum_gates();
+    keep_token(token);
     cute::cp_async_wait<0>();
     const bool levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
     prefetch_next();
@@ -1034,14 +1056,19 @@ struct Gradients {
     __syncthreads();
     sum_pairs(levels);
     finish_keys();
-    if (p.d_g.data || p.d_A_log.data || p.d_dt_bias.data) finish_gates();
+    const bool gates = p.d_g.data || p.d_A_log.data || p.d_dt_bias.data;
     float *part_q = nullptr, *part_k = nullptr;
     if (p.HV > p.H) {
       part_q = reinterpret_cast<float *>(Workspace<K>(x).record(row(), head(), 0));
       part_k = part_q + BLOCK_TOKENS * K;
     }
+    if (GATES_EARLY && gates) load_gates(G);
     store(q, p.d_q, qk_head_of(p, head()), x.aligned_d_q, part_q);
     store(k, p.d_k, qk_head_of(p, head()), x.aligned_d_k, part_k);
+    if (gates) {
+      if (!GATES_EARLY) load_gates(G);
+      finish_gates();
+    }
     store(D, p.d_g, head(), x.aligned_d_g, nullptr);
   }
 };
