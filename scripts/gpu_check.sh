@@ -97,12 +97,12 @@ cases=(
   'decode/bounded_T1_bf16' 'decode/softplus_T8_bf16' 'decode/2d_apart_vk_f32_T3_bf16'
   'decode/out_of_range_kv_bf16_T1_bf16' 'decode/strides5_bf16' 'decode/strides3_bf16'
   'decode/out_of_range_2d_kv_bf16_T3_bf16' 'decode/out_of_range_counts_vk_f32_T3_bf16'
-  'decode/draft_bounded_vk_f32_T8_bf16' 'decode/draft_softplus_kv_bf16_T8_bf16' 'ragged/decode_rows_vk_bf16'
+  'decode/draft_bounded_vk_f32_T8_bf16' 'decode/draft_softplus_kv_bf16_T8_bf16' 'ragged/decode_rows_vk_bf16' 'ragged/one_long_i32_bf16'
   'backward/bounded_raw_U(-8,8)_bf16' 'backward/softplus_raw_switch_bf16' 'backward/direct_0_or_-90_bf16'
   'backward/asymmetric_kv_bf16' 'backward/B1_T40_H1_HV1_K128_V128_bf16' 'backward/B2_T50_H2_HV4_K128_V64_bf16'
   'backward/ragged_i32_bf16' 'backward/all_empty_bf16' 'backward/strides_misaligned_bf16'
   'backward/strides_padded_bf16' 'backward/f32_gate_and_gradients_bf16' 'backward/only_d_v_bf16'
-  'backward/only_d_dt_bias_bf16' 'backward/T0_bf16'
+  'backward/only_d_dt_bias_bf16' 'backward/T0_bf16' 'backward/collinear_D128_bf16'
 )
 patterns=()
 for name in "${cases[@]}"; do patterns+=(--case "$name"); done
