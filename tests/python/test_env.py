@@ -22,7 +22,8 @@ def test_json(run_python):
     found = json.loads(run_python(RUN.format(hidden=[], options=["--json"])))
     assert found["flash_kda"] == flash_kda.__version__
     assert found["packages"]["numpy"] == np.__version__
-    assert found["packages"]["torch"] == torch.__version__
+    # the one says what it was built for, the other may not
+    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["python"] == platform.python_version()
     assert [tuple(x.values()) for x in found["backends"]] == flash_kda.backends()
     assert found["cpu"]["name"] and found["cpu"]["threads"] == flash_kda.get_num_threads()

@@ -69,9 +69,9 @@ def test_cupy():
         flash_kda.fwd(*tensors, None, p.v.copy(), None, None, None)
     supported, reason = flash_kda.supports(*tensors)
     if not supported:
-        assert "CUDA" in reason
-        with pytest.raises(RuntimeError, match="CUDA"):
+        with pytest.raises(RuntimeError) as error:
             flash_kda.fwd(*tensors, None, cupy.empty_like(tensors[2]), None, None, None)
+        assert reason in str(error.value)
 
 
 def test_jax(monkeypatch):
