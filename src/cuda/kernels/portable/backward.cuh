@@ -179,9 +179,16 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int
   }
 }
 
-__device__ __forceinline__ void copy_bytes(char *to, const char *from, int bytes, int threads) {
-#pragma unroll 4
-  for (int i = threadIdx.x * 16; i < bytes; i += threads * 16) copy_piece(to + i, from + i, true);
+/* BYTES of them, from every thread's first piece at constant distances. */
+template <int BYTES, int THREADS>
+__device__ __forceinline__ void copy_bytes(char *to, const char *from) {
+  constexpr int ROUND = 16 * THREADS;
+  static_assert(BYTES % 16 == 0, "pieces");
+  to += threadIdx.x * 16, from += threadIdx.x * 16;
+#pragma unroll
+  for (int i = 0; i < BYTES / ROUND; ++i) copy_piece(to + i * ROUND, from + i * ROUND, true);
+  constexpr int DONE = BYTES / ROUND * ROUND;
+  if (DONE < BYTES && threadIdx.x * 16 < BYTES - DONE) copy_piece(to + DONE, from + DONE, true);
 }
 
 }  // namespace

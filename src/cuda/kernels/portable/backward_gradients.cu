@@ -181,12 +181,12 @@ struct Gradients {
                                         row_of(p.d_out, block.span, block.t, head()), block.tokens,
                                         x.aligned_d_out);
     const Workspace<K> w(x);
-    copy_bytes(reinterpret_cast<char *>(s.E),
-               Workspace<K>::at(w.differences, w.sizes.differences, row(), w.heads, head()),
-               BLOCK_TOKENS * V * 2, THREADS);
-    copy_bytes(reinterpret_cast<char *>(s.dW),
-               Workspace<K>::at(w.d_updates, w.sizes.d_updates, row(), w.heads, head()),
-               BLOCK_TOKENS * V * 2, THREADS);
+    copy_bytes<BLOCK_TOKENS * V * 2, THREADS>(
+        reinterpret_cast<char *>(s.E),
+        Workspace<K>::at(w.differences, w.sizes.differences, row(), w.heads, head()));
+    copy_bytes<BLOCK_TOKENS * V * 2, THREADS>(
+        reinterpret_cast<char *>(s.dW),
+        Workspace<K>::at(w.d_updates, w.sizes.d_updates, row(), w.heads, head()));
     cute::cp_async_fence();
   }
 

@@ -270,18 +270,40 @@ struct Walker {
   __device__ __forceinline__ Walker(const Backward &x, const Walk &walk, char *ring)
       : x(x), walk(walk), ring(ring) {}
 
+  /* The thread's first piece of the next chunk's rows. */
+  const bf16 *rows;
+  template <bool FORWARD>
+  __device__ __forceinline__ void start_loads(int chunk) {
+    const fkda_rows &tensor = FORWARD ? x.problem.v : x.problem.d_out;
+    const int lane = threadIdx.x & 31, row = 8 * (threadIdx.x / 32) + (lane & 7);
+    rows = static_cast<const bf16 *>(tensor.data) +
+           row_of(tensor, walk.span, (int64_t)chunk * STEP + row, walk.head) + walk.v_begin +
+           8 * (lane >> 3);
+  }
+
+  /* Of chunk after chunk. */
   template <bool FORWARD>
   __device__ __forceinline__ void load(int chunk, int slot) {
-    const fkda_problem &p = x.problem;
+    const fkda_rows &tensor = FORWARD ? x.problem.v : x.problem.d_out;
     char *to = ring + slot * STAGE;
-    copy_bytes(to, Workspace<K>(x).record(walk.first + chunk / 2, walk.head, chunk & 1),
-               FORWARD ? FKDA_BACKWARD_FORWARD_BYTES(K) : FKDA_BACKWARD_RECORD_BYTES(K), THREADS);
-    const fkda_rows &rows = FORWARD ? p.v : p.d_out;
+    copy_bytes<FORWARD ? FKDA_BACKWARD_FORWARD_BYTES(K) : FKDA_BACKWARD_RECORD_BYTES(K), THREADS>(
+        to, Workspace<K>(x).record(walk.first + chunk / 2, walk.head, chunk & 1));
     const int64_t t = (int64_t)chunk * STEP, left = walk.span.length - t;
-    load_tile<STEP, PART, THREADS>(reinterpret_cast<bf16 *>(to + FKDA_BACKWARD_RECORD_BYTES(K)), rows,
-                                 row_of(rows, walk.span, t, walk.head) + walk.v_begin,
-                                 (int)(left < STEP ? left : STEP),
-                                 FORWARD ? x.aligned_v : x.aligned_d_out);
+    bf16 *tile = reinterpret_cast<bf16 *>(to + FKDA_BACKWARD_RECORD_BYTES(K));
+    if (FORWARD ? x.aligned_v : x.aligned_d_out) { /* eight rows a warp, as load_tile() */
+      static_assert(THREADS == 4 * STEP && PART == 64, "two pieces a thread");
+      const int lane = threadIdx.x & 31, row = 8 * (threadIdx.x / 32) + (lane & 7);
+      const bool valid = row < left;
+      const bf16 *from = valid ? rows : static_cast<const bf16 *>(tensor.data);
+      tile += tile_at<PART>(row, 8 * (lane >> 3));
+      copy_piece(tile, from, valid);
+      copy_piece(tile + 2 * SQUARE, valid ? from + 32 : from, valid);
+      rows += (FORWARD ? STEP : -STEP) * tensor.stride_t;
+    } else {
+      load_tile<STEP, PART, THREADS>(tile, tensor,
+                                     row_of(tensor, walk.span, t, walk.head) + walk.v_begin,
+                                     (int)(left < STEP ? left : STEP), false);
+    }
   }
 
   /* E and the next state from the operands of a chunk. PARALLEL: its K_END holds differences. */
@@ -412,6 +434,7 @@ struct Walker {
     const fkda_problem &p = x.problem;
     const int warp = threadIdx.x / 32, chunks = walk.chunks, stages = x.stages;
     const auto place = [&](int i) { return FORWARD ? i : chunks - 1 - i; };
+    start_loads<FORWARD>(place(0));
 #pragma unroll 1
     for (int i = 0; i < stages - 1; ++i) {
       if (i < chunks) load<FORWARD>(place(i), i);
