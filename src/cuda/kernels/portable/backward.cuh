@@ -191,6 +191,24 @@ __device__ __forceinline__ void copy_bytes(char *to, const char *from) {
   if (DONE < BYTES && threadIdx.x * 16 < BYTES - DONE) copy_piece(to + DONE, from + DONE, true);
 }
 
+/* 32 tokens (columns) of 16 rows of accumulators as bf16 to rows of a tensor, `first` that of the first token: a lane has four
+ * elements of a token of each tile. */
+__device__ __forceinline__ void store_pieces(const float (&y)[STEP / 8][4], bf16 *first,
+                                             int64_t stride, int64_t tokens) {
+  const int lane = threadIdx.x & 31, token = lane >> 2;
+  const bool odd = lane & 1;
+  bf16 *row = first + token * stride + 8 * odd + 2 * (lane & 2);
+#pragma unroll
+  for (int n = 0; n < STEP / 8; ++n) {
+    const uint32_t low = transpose_matrix(pack(y[n][0], y[n][1]));
+    const uint32_t high = transpose_matrix(pack(y[n][2], y[n][3]));
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+    if (8 * n + token < tokens)
+      *reinterpret_cast<uint2 *>(row) = make_uint2(odd ? other : low, odd ? high : other);
+    row += 8 * stride;
+  }
+}
+
 }  // namespace
 }  // namespace fkda
 

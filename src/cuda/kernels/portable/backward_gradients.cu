@@ -946,25 +946,6 @@ struct Gradients {
     }
   }
 
-  /* A gradient in bf16 with rows that can be written in pieces: a lane has four channels of a token of each tile. */
-  __device__ __forceinline__ void store_pieces(const float (&y)[TILES][4], const fkda_rows &to,
-                                               int of_head) const {
-    const bool odd = lane & 1;
-    const int token = STEP * half + (lane >> 2);
-    bf16 *row = static_cast<bf16 *>(to.data) +
-                row_of(to, block.span, block.t + token, of_head) + 16 * warp + 8 * odd +
-                2 * (lane & 2);
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      const uint32_t low = transpose_matrix(pack(y[n][0], y[n][1]));
-      const uint32_t high = transpose_matrix(pack(y[n][2], y[n][3]));
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
-      if (8 * n + token < block.tokens)
-        *reinterpret_cast<uint2 *>(row) = make_uint2(odd ? other : low, odd ? high : other);
-      row += 8 * to.stride_t;
-    }
-  }
-
   /* Rows of a gradient by way of shared memory: to the tensor, or with `part` to the workspace [64][K]. All threads. */
   __device__ __forceinline__ void store(const float (&y)[TILES][4], const fkda_rows &to,
                                         int of_head, bool aligned, float *part) {
@@ -973,7 +954,10 @@ struct Gradients {
     if (!to.data) return;
     refresh();
     if (to.dtype == FKDA_BF16 && aligned && !part) {
-      store_pieces(y, to, of_head);
+      store_pieces(y,
+                   static_cast<bf16 *>(to.data) +
+                       row_of(to, block.span, block.t + STEP * half, of_head) + 16 * warp,
+                   to.stride_t, block.tokens - STEP * half);
       return;
     }
     __syncthreads();

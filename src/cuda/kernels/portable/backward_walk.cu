@@ -234,20 +234,17 @@ __device__ __forceinline__ void store_tokens(const float (&y)[4][4], const fkda_
       }
     return;
   }
-  bf16 *rows = static_cast<bf16 *>(to.data) + first + 2 * (lane & 3);
+  if (aligned) {
+    store_pieces(y, static_cast<bf16 *>(to.data) + first, to.stride_t, tokens);
+    return;
+  }
+  bf16 *rows = static_cast<bf16 *>(to.data) + first + (lane >> 2);
 #pragma unroll
   for (int n = 0; n < 4; ++n)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t pair = transpose_matrix(pack(y[n][2 * h], y[n][2 * h + 1]));
-      const int token = 8 * n + (lane >> 2);
-      uint16_t *at = reinterpret_cast<uint16_t *>(rows + token * to.stride_t + 8 * h);
-      if (token < tokens) {
-        if (aligned)
-          *reinterpret_cast<uint32_t *>(at) = pair;
-        else
-          at[0] = (uint16_t)pair, at[1] = (uint16_t)(pair >> 16);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int token = 8 * n + 2 * (lane & 3) + (i & 1);
+      if (token < tokens) rows[token * to.stride_t + 4 * (i & 2)] = __float2bfloat16_rn(y[n][i]);
     }
 }
 
