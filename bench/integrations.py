@@ -450,20 +450,12 @@ def compile_fla(name, sizes):
 
 def prewarm(options, seconds):
     """compile_fla() for every model at once. Not needed: what fails or takes too long is compiled later."""
-    started, deadline = [], time.monotonic() + seconds
+    started = []
     for name in names_of(options):
         log = tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, "--compile", name]
         started.append((name, subprocess.Popen(command, stdout=log, stderr=log), log))
-    for name, process, log in started:
-        try:
-            outcome = process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            outcome = "out of time"
-        log.seek(0)
-        say(f"FLA's kernels for {name} compiled: {outcome or 'ok'}{log.read()[-500:] if outcome else ''}")
+    bench.finish_prewarm(started, seconds)
 
 
 def family(model):

@@ -749,6 +749,49 @@ SCENARIO(sm90_launch) {
   CHECK_INT(fake.loads, images("sm90/"));
 }
 
+/* Where one of many sequences may be long, with whole columns and with halves: the kernels settle which one it is. */
+SCENARIO(sm90_by_lengths) {
+  static const struct {
+    int64_t N, HV, V;
+    bool packed;
+    int launches;
+  } cases[] = {
+      {3, 66, 128, true, 2},   {3, 68, 128, true, 1},  {2, 32, 128, true, 1},
+      {3, 66, 64, true, 1},    {3, 66, 128, false, 1}, {1024, 2, 128, true, 2},
+      {1025, 2, 128, true, 1},
+  };
+  be_hopper(0);
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t N = cases[i].N, HV = cases[i].HV, V = cases[i].V;
+    fkda_prefill_args a = hopper_prefill(N, HV, 128, V);
+    if (!cases[i].packed) {
+      a.cu_seqlens = (fkda_tensor){0};
+      fkda_tensor *const tensors[] = {&a.q, &a.k, &a.v, &a.g, &a.beta, &a.out};
+      for (size_t j = 0; j < sizeof tensors / sizeof tensors[0]; ++j) {
+        fkda_tensor *t = tensors[j];
+        t->shape[0] = N;
+        t->shape[1] = 20;
+        t->stride[0] = 20 * t->stride[1];
+      }
+    }
+    const int launches = fake.launches, maps = fake.maps;
+    CHECK_OK(fkda_prefill(&a));
+    CHECK_INT(fake.launches - launches, cases[i].launches);
+    CHECK_INT(fake.maps - maps, 5);
+    const bool both = cases[i].launches == 2, halves = both || V == 64 || 2 * N * HV <= 132;
+    check_launch(halves ? "fkda_sm90_prefill_k128_v64" : "fkda_sm90_prefill_k128_v128",
+                 2 * N * HV < 132 ? (unsigned)(2 * N * HV) : 132, FKDA_SM90_PREFILL_THREADS,
+                 FKDA_SM90_PREFILL_SHARED);
+    const fkda_sm90_params p = sm90_params();
+    CHECK_INT(p.value_split, both || (V == 128 && 2 * N * HV <= 132) ? 2 : 1);
+    CHECK_INT(p.by_lengths, both ? 132 : 0);
+    CHECK(p.problem.out.data == a.out.data);
+    const expected_map out = {
+        &a.out, p.out, {HV * V * 2, V * 2, cases[i].packed ? 16 : 20 * HV * V * 2}};
+    check_map(&out);
+  }
+}
+
 /* Batches, heads outside of tokens, rows with gaps: what the maps are given is what the tensors are. */
 SCENARIO(sm90_strides) {
   be_hopper(0);
@@ -1413,6 +1456,7 @@ int main(void) {
       cmocka_unit_test(test_capabilities),
       cmocka_unit_test(test_mixed_devices),
       cmocka_unit_test(test_sm90_launch),
+      cmocka_unit_test(test_sm90_by_lengths),
       cmocka_unit_test(test_sm90_strides),
       cmocka_unit_test(test_sm90_alignment),
       cmocka_unit_test(test_sm90_limits),

@@ -953,14 +953,16 @@ def start_prewarm(shapes, code=PREWARM):
     for part, kind in itertools.product(range(parts), kinds):
         log = tempfile.TemporaryFile("w+")
         command = [sys.executable, "-c", code.format(*kind, part, parts)]
-        started.append((kind, subprocess.Popen(command, stdout=log, stderr=log), log))
+        what = "H {}, ragged {}".format(*kind)
+        started.append((what, subprocess.Popen(command, stdout=log, stderr=log), log))
     return started
 
 
 def finish_prewarm(started, seconds):
-    """Not needed for the result: what fails or takes too long is tuned the long way."""
+    """Waits for what was started: (of what, process, log). Not needed for the result: what fails or takes too long
+    is tuned the long way."""
     deadline = time.monotonic() + seconds
-    for (H, ragged), process, log in started:
+    for what, process, log in started:
         try:
             outcome = process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -969,7 +971,7 @@ def finish_prewarm(started, seconds):
             outcome = "out of time"
         if outcome:
             log.seek(0)
-            say(f"compiling FLA for H {H}, ragged {ragged}: {outcome}; {log.read()[-500:]}")
+            say(f"compiling FLA for {what}: {outcome}; {log.read()[-500:]}")
         log.close()
 
 

@@ -521,7 +521,7 @@ def test_compiling_ahead_may_fail(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
     started = bench.start_prewarm([bench.prefill([1024], 2), bench.prefill([64] * 3, 2)])
-    assert [kind for kind, _, _ in started] == [(2, False)] * 2
+    assert [what for what, _, _ in started] == ["H 2, ragged False"] * 2
     bench.finish_prewarm(started, 120)
     text = capsys.readouterr().err
     assert text.startswith("compiling FLA for H 2, ragged False: 1; ") and "Error" in text
