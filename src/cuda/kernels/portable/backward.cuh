@@ -8,6 +8,7 @@
 #define FKDA_CUDA_PORTABLE_BACKWARD_CUH
 
 #include "cuda/kernels/portable/backward_params.h"
+#include "cuda/kernels/portable/backward_workspace.cuh"
 #include "cuda/kernels/portable/pieces.cuh"
 
 namespace fkda {
@@ -37,12 +38,6 @@ __device__ __forceinline__ void load_square_transposed(uint32_t (&r)[4], const b
                                                        int square) {
   load_transposed(r, tile + square * SQUARE + (threadIdx.x & 31) * 8);
 }
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
-  uint32_t y;
-  cute::SM75_U32x1_MOVM_T::copy(x, y);
-  return y;
-}
-
 /* acc[n] += a * b for the two tiles of 8 columns of a square: see above. */
 __device__ __forceinline__ void mma_rows(float (&acc0)[4], float (&acc1)[4], const uint32_t (&a)[4],
                                          const uint32_t (&r)[4]) {
@@ -72,38 +67,12 @@ __device__ __forceinline__ void clear(T (&x)[N][M]) {
     for (int m = 0; m < M; ++m) x[n][m] = 0;
 }
 
-/* ---- the workspace ---------------------------------------------------------------------------------- */
-
-template <int K>
-struct Workspace {
-  fkda_portable_backward_sizes sizes;
-  int64_t heads;
-  char *factors, *states, *d_states, *differences, *d_updates, *sums;
-  __device__ __forceinline__ Workspace(const Backward &x)
-      : sizes(fkda_portable_backward_sizes_of(K, x.problem.V)), heads(x.problem.HV) {
-    const int64_t cells = x.rows * heads;
-    factors = x.workspace;
-    states = factors + cells * sizes.factors;
-    d_states = states + cells * sizes.states;
-    differences = d_states + cells * sizes.d_states;
-    d_updates = differences + cells * sizes.differences;
-    sums = d_updates + cells * sizes.d_updates;
-  }
-  __device__ __forceinline__ char *record(int64_t row, int head, int half) const {
-    return factors + (row * heads + head) * sizes.factors + half * FKDA_BACKWARD_RECORD(K);
-  }
-  __device__ __forceinline__ static char *at(char *part, int64_t size, int64_t row, int64_t heads,
-                                             int head) {
-    return part + (row * heads + head) * size;
-  }
-};
-
 /* ---- whose turn it is -------------------------------------------------------------------------------- */
 
 /* The first row of a sequence. */
 __device__ __forceinline__ int64_t first_block(const fkda_problem &p, const fkda_span &span,
                                                int64_t n) {
-  return (span.b * p.T + span.begin) / BLOCK_TOKENS + n;
+  return fkda::first_block(p, span.b, span.begin, n);
 }
 
 struct Block {

@@ -20,6 +20,8 @@
 #define FKDA_BACKWARD_BLOCK                                                                        \
   64 /* tokens of a block, and from one stored state to the next: the plan's chunk */
 
+#define FKDA_BACKWARD_REDO 4 /* directions (backward, forward) times parts of V of the sm90 walk */
+
 typedef struct fkda_portable_backward_params {
   fkda_problem problem;
   char *workspace; /* aligned to 256 bytes */
@@ -28,6 +30,9 @@ typedef struct fkda_portable_backward_params {
       value_split; /* blocks that share a head's V in the walk: parts of V / value_split columns */
   int32_t stages;  /* chunks in the walk's ring of shared memory, 2 to 8 */
   int32_t forward; /* 1: the walk makes the states and E too */
+  /* NULL, or FKDA_BACKWARD_REDO flags of each sequence and value head, [N][HV][FKDA_BACKWARD_REDO]: factors and walk do
+   * those heads only of which one is not 0. The row `sm90` has them at the end of the workspace. */
+  uint32_t *redo;
   /* 1 where base and strides are multiples of 16 bytes and the type is bf16, so that rows can be copied in
    * 16-byte pieces; d_q, d_k, d_v, d_g: of either type. Else the kernels go element by element. Absent tensors: 0. */
   int32_t aligned_q, aligned_k, aligned_v, aligned_g, aligned_d_out;

@@ -38,16 +38,8 @@ struct WalkState {
     return reinterpret_cast<float(&)[K / 2]>(s[0]);
   }
 
-  /* To the workspace as A operands of a product with channels as rows over these 16 value rows. */
-  __device__ __forceinline__ void keep(char *state, int V, int v_square) const {
-    uint4 *to = reinterpret_cast<uint4 *>(state) + v_square * 32 + (threadIdx.x & 31);
-#pragma unroll
-    for (int k = 0; k < K / 16; ++k) {
-      uint32_t a[4];
-      pack_operand(a, s[2 * k], s[2 * k + 1]);
-      to[k * (V / 16) * 32] = make_uint4(transpose_matrix(a[0]), transpose_matrix(a[2]),
-                                         transpose_matrix(a[1]), transpose_matrix(a[3]));
-    }
+  __device__ __forceinline__ void keep(char *state, int V, int v_square) {
+    keep_state<K>(rows(), state, V, v_square);
   }
 
   /* X[v,i] = sum_c s[v,c] tile[i,c] of 32 tokens, s <- s decay on the way. WHOLE: s in two parts. */
@@ -204,22 +196,7 @@ __device__ __forceinline__ void hand_on_rounding(float (&y)[4][4], const bf16 *Z
       }
 }
 
-/* A warp's 32 tokens of 16 value columns to a tile [64][V] of the workspace. */
-__device__ __forceinline__ void keep_tokens(const float (&y)[4][4], char *tile, int V, int half,
-                                            int v_square) {
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t pair = transpose_matrix(pack(y[n][2 * h], y[n][2 * h + 1]));
-      const int square = (half * 2 + (n >> 1)) * (V / 16) + v_square;
-      *reinterpret_cast<uint32_t *>(
-          tile + 2 * (square * SQUARE + (2 * (n & 1) + h) * MATRIX + lane * 2)) = pair;
-    }
-}
-
-/* The same to rows of a gradient; `first` is the element of the first token and the warp's first column. */
+/* A warp's 32 tokens of 16 value columns to rows of a gradient; `first` is the element of the first token and the warp's first column. */
 __device__ __forceinline__ void store_tokens(const float (&y)[4][4], const fkda_rows &to,
                                              int64_t first, int tokens, bool aligned) {
   const int lane = threadIdx.x & 31;
@@ -316,7 +293,7 @@ struct Walker {
     const auto tile = [&](int offset) { return reinterpret_cast<const bf16 *>(f + offset); };
     float R[4][4];
     S.template look_up<false>(R, tile(FKDA_BACKWARD_K_START(K)),
-              reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
+                              reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
     float w[4][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -353,7 +330,7 @@ struct Walker {
     split_operand(u, u_low, w);
     S.template add<false>(u, u, tile(FKDA_BACKWARD_K_END(K)));
     S.template add<false>(u_low, u_low, tile(FKDA_BACKWARD_K_END(K)));
-    keep_tokens(R,
+    keep_tokens(reinterpret_cast<const float(&)[16]>(R),
                 Workspace<K>::at(workspace.differences, workspace.sizes.differences, row,
                                  workspace.heads, walk.head),
                 V, chunk & 1, walk.v_begin / 16 + warp);
@@ -373,7 +350,7 @@ struct Walker {
     const auto tile = [&](int offset) { return reinterpret_cast<const bf16 *>(f + offset); };
     float dU[4][4];
     S.template look_up<PARALLEL>(dU, tile(FKDA_BACKWARD_K_END(K)),
-              reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
+                                 reinterpret_cast<const float *>(f + FKDA_BACKWARD_DECAY(K)));
     if (PARALLEL) sum_tokens<true>(dU); /* of differences */
     uint32_t d_out[2][4];
 #pragma unroll
@@ -414,7 +391,7 @@ struct Walker {
     }
     S.template add<false>(d_out, d_out, tile(FKDA_BACKWARD_Q_START(K)));
     S.template add<PARALLEL>(u, u_low, tile(FKDA_BACKWARD_K_START(K))); /* dV telescopes too */
-    keep_tokens(dU,
+    keep_tokens(reinterpret_cast<const float(&)[16]>(dU),
                 Workspace<K>::at(workspace.d_updates, workspace.sizes.d_updates, row,
                                  workspace.heads, walk.head),
                 V, chunk & 1, walk.v_begin / 16 + warp);
@@ -509,8 +486,7 @@ __device__ __forceinline__ void run_walk(const Backward &x) {
 #endif
 #define FKDA_ENTRY(K)                                                                              \
   extern "C" __global__ void __launch_bounds__(FKDA_BACKWARD_WALK_THREADS, FKDA_BLOCKS)            \
-      fkda_portable_backward_walk_k##K(                                                            \
-          const __grid_constant__ fkda_portable_backward_params x) {                               \
+      fkda_portable_backward_walk_k##K(const __grid_constant__ fkda_portable_backward_params x) {  \
     fkda::run_walk<K>(x);                                                                          \
   }
 FKDA_BACKWARD_BY_K(FKDA_ENTRY)
