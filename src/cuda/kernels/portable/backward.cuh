@@ -87,6 +87,13 @@ __device__ __forceinline__ int qk_head_of(const fkda_problem &p, int head) {
   return (int)((uint32_t)head / ((uint32_t)p.HV / (uint32_t)p.H));
 }
 
+/* Where the walk of the row sm90 was first: has it left this head, number n * HV + head, to the launches behind it? */
+__device__ __forceinline__ bool is_left(const Backward &x, int64_t head) {
+  static_assert(FKDA_BACKWARD_REDO == 4, "flags");
+  const uint4 flags = reinterpret_cast<const uint4 *>(x.redo)[head];
+  return flags.x | flags.y | flags.z | flags.w;
+}
+
 /* The block with number `row`; false: nobody's. */
 __device__ __forceinline__ bool find_block(const fkda_problem &p, int64_t row, Block &block) {
   int64_t low = 0, high = p.N;

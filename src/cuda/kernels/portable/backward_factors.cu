@@ -1,6 +1,6 @@
 /* Backward, first launch: what the walks need of a chunk of 32 tokens and a value head, whatever the state is.
  *
- * A block is a chunk and head. A thread has the tokens lane / 4 + 8 b and pairs of channels 2 (lane % 4) of its
+ * A block is a chunk and head; behind the walk of the row sm90 a few blocks do those that it has left. A thread has the tokens lane / 4 + 8 b and pairs of channels 2 (lane % 4) of its
  * warp's, which is how 8 x 8 matrices are stored without a conflict and without a shuffle.
  *
  * M and P of (9) come from two 16-token squares on the diagonal, each measured from the anchor in its middle, and
@@ -27,7 +27,8 @@ struct FactorsShared {
   float M[STEP][STEP + 4];
   float squares[2][FACTOR_WARPS][STEP]; /* [k, q]: each warp's part of |k|^2, |q|^2 */
   float norm_k[STEP], norm_q[STEP], beta[STEP];
-  float neighbours[STEP]; /* product of a key and the one before */
+  float neighbours[STEP];                         /* product of a key and the one before */
+  uint32_t chunks[FKDA_BACKWARD_FACTORS_THREADS]; /* of heads that are left; 0: of others */
 };
 
 __device__ __forceinline__ float squares_of(const float (&parts)[FACTOR_WARPS][STEP], int token) {
@@ -46,9 +47,9 @@ struct FactorJob {
 };
 
 template <int K>
-__device__ __forceinline__ void multiply(float (&acc)[4], const FactorsShared<K> &s,
+__device__ __forceinline__ void multiply(int thread, float (&acc)[4], const FactorsShared<K> &s,
                                          const FactorJob &job) {
-  const int lane = threadIdx.x & 31;
+  const int lane = thread & 31;
   const bf16 *rows = job.square == 2 ? (job.of_q ? s.q_late : s.k_late)
                                      : (job.of_q ? s.q_row : s.k_row) + job.square * 16 * K;
   const bf16 *columns = job.square == 2 ? s.k_early : s.k_column + job.square * 16 * K;
@@ -71,8 +72,8 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const FactorsShared<K>
 
 /* Z in place of M, negative. One warp, a column a lane: z_i = M_ic - sum_{j<i} M_ij beta_j z_j. */
 template <int K>
-__device__ __forceinline__ void solve(FactorsShared<K> &s, bf16 *Z_high, bf16 *Z_low) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void solve(int thread, FactorsShared<K> &s, bf16 *Z_high, bf16 *Z_low) {
+  const int lane = thread & 31;
   float x[STEP];
 #pragma unroll
   for (int i = 0; i < STEP; ++i) x[i] = i > lane ? s.M[i][lane] : 0;
@@ -121,11 +122,11 @@ struct Mine {
 
 /* Rows of pairs of channels; zeros beyond the sequence. Element: what a pair is. */
 template <int K, class Element, class Pair>
-__device__ __forceinline__ void load_pairs(Pair (&to)[4][K / 32], const fkda_rows &rows,
+__device__ __forceinline__ void load_pairs(int thread, Pair (&to)[4][K / 32], const fkda_rows &rows,
                                            int64_t first, int tokens) {
-  const int lane = threadIdx.x & 31;
+  const int lane = thread & 31;
   const Element *from = static_cast<const Element *>(rows.data) + first +
-                        (lane >> 2) * rows.stride_t + threadIdx.x / 32 * (K / 4) + 2 * (lane & 3);
+                        (lane >> 2) * rows.stride_t + thread / 32 * (K / 4) + 2 * (lane & 3);
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
 #pragma unroll
@@ -139,10 +140,10 @@ __device__ __forceinline__ void load_pairs(Pair (&to)[4][K / 32], const fkda_row
 }
 
 template <int K>
-__device__ __forceinline__ void load_elements(uint32_t (&to)[4][K / 32], const fkda_rows &rows,
-                                              int64_t first, int tokens) {
-  const int lane = threadIdx.x & 31;
-  first += threadIdx.x / 32 * (K / 4) + 2 * (lane & 3);
+__device__ __forceinline__ void load_elements(int thread, uint32_t (&to)[4][K / 32],
+                                              const fkda_rows &rows, int64_t first, int tokens) {
+  const int lane = thread & 31;
+  first += thread / 32 * (K / 4) + 2 * (lane & 3);
 #pragma unroll
   for (int b = 0; b < 4; ++b)
 #pragma unroll
@@ -155,8 +156,8 @@ __device__ __forceinline__ void load_elements(uint32_t (&to)[4][K / 32], const f
 }
 
 template <int K>
-__device__ __forceinline__ void load_mine(Mine<K> &mine, const Backward &x, const fkda_span &span,
-                                          int64_t t, int tokens, int head) {
+__device__ __forceinline__ void load_mine(int thread, Mine<K> &mine, const Backward &x,
+                                          const fkda_span &span, int64_t t, int tokens, int head) {
   const fkda_problem &p = x.problem;
   const int qk_head = qk_head_of(p, head);
   const int64_t q = row_of(p.q, span, t, qk_head), k = row_of(p.k, span, t, qk_head);
@@ -165,11 +166,11 @@ __device__ __forceinline__ void load_mine(Mine<K> &mine, const Backward &x, cons
   if (p.g.dtype == FKDA_F32) {
     float2 raw[4][C];
     if (x.aligned_g) {
-      load_pairs<K, float>(raw, p.g, g, tokens);
+      load_pairs<K, float>(thread, raw, p.g, g, tokens);
     } else {
-      const int lane = threadIdx.x & 31;
+      const int lane = thread & 31;
       const float *from =
-          static_cast<const float *>(p.g.data) + g + threadIdx.x / 32 * (K / 4) + 2 * (lane & 3);
+          static_cast<const float *>(p.g.data) + g + thread / 32 * (K / 4) + 2 * (lane & 3);
 #pragma unroll
       for (int b = 0; b < 4; ++b)
 #pragma unroll
@@ -180,11 +181,11 @@ __device__ __forceinline__ void load_mine(Mine<K> &mine, const Backward &x, cons
         }
     }
     if (x.aligned_q && x.aligned_k) {
-      load_pairs<K, bf16>(mine.k, p.k, k, tokens);
-      load_pairs<K, bf16>(mine.q, p.q, q, tokens);
+      load_pairs<K, bf16>(thread, mine.k, p.k, k, tokens);
+      load_pairs<K, bf16>(thread, mine.q, p.q, q, tokens);
     } else {
-      load_elements<K>(mine.k, p.k, k, tokens);
-      load_elements<K>(mine.q, p.q, q, tokens);
+      load_elements<K>(thread, mine.k, p.k, k, tokens);
+      load_elements<K>(thread, mine.q, p.q, q, tokens);
     }
 #pragma unroll
     for (int b = 0; b < 4; ++b)
@@ -193,13 +194,13 @@ __device__ __forceinline__ void load_mine(Mine<K> &mine, const Backward &x, cons
   } else {
     uint32_t raw[4][C];
     if (x.aligned_q && x.aligned_k && x.aligned_g) {
-      load_pairs<K, bf16>(raw, p.g, g, tokens);
-      load_pairs<K, bf16>(mine.k, p.k, k, tokens);
-      load_pairs<K, bf16>(mine.q, p.q, q, tokens);
+      load_pairs<K, bf16>(thread, raw, p.g, g, tokens);
+      load_pairs<K, bf16>(thread, mine.k, p.k, k, tokens);
+      load_pairs<K, bf16>(thread, mine.q, p.q, q, tokens);
     } else {
-      load_elements<K>(raw, p.g, g, tokens);
-      load_elements<K>(mine.k, p.k, k, tokens);
-      load_elements<K>(mine.q, p.q, q, tokens);
+      load_elements<K>(thread, raw, p.g, g, tokens);
+      load_elements<K>(thread, mine.k, p.k, k, tokens);
+      load_elements<K>(thread, mine.q, p.q, q, tokens);
     }
 #pragma unroll
     for (int b = 0; b < 4; ++b)
@@ -211,19 +212,20 @@ __device__ __forceinline__ void load_mine(Mine<K> &mine, const Backward &x, cons
 
 /* (2), no decay beyond the sequence. */
 template <int MODE, int K>
-__device__ __forceinline__ void apply_gate(Mine<K> &mine, const fkda_problem &p, int tokens,
-                                           int head) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void apply_gate(int thread, Mine<K> &mine, const fkda_problem &p,
+                                           int tokens, int head) {
+  const int lane = thread & 31;
   const float exp_A = exp_A_of(p, head);
   float bias[K / 32][2];
 #pragma unroll
   for (int c = 0; c < K / 32; ++c)
 #pragma unroll
     for (int e = 0; e < 2; ++e)
-      bias[c][e] = p.dt_bias.data ? load_float(p.dt_bias.data, p.dt_bias.dtype,
-                                               (int64_t)head * K + threadIdx.x / 32 * (K / 4) +
-                                                   8 * c + 2 * (lane & 3) + e)
-                                  : 0.0f;
+      bias[c][e] =
+          p.dt_bias.data
+              ? load_float(p.dt_bias.data, p.dt_bias.dtype,
+                           (int64_t)head * K + thread / 32 * (K / 4) + 8 * c + 2 * (lane & 3) + e)
+              : 0.0f;
 #pragma unroll
   for (int c = 0; c < K / 32; ++c)
 #pragma unroll
@@ -239,10 +241,11 @@ __device__ __forceinline__ void apply_gate(Mine<K> &mine, const fkda_problem &p,
 
 /* G after each eight tokens. */
 template <int K>
-__device__ __forceinline__ void get_ends(float (&ends)[4], const Mine<K> &mine, int c, int e) {
+__device__ __forceinline__ void get_ends(int thread, float (&ends)[4], const Mine<K> &mine, int c,
+                                         int e) {
 #pragma unroll
   for (int b = 0; b < 4; ++b)
-    ends[b] = __shfl_sync(0xffffffffu, mine.g[b][c][e], 28 | (threadIdx.x & 3));
+    ends[b] = __shfl_sync(0xffffffffu, mine.g[b][c][e], 28 | (thread & 3));
 }
 
 __device__ __forceinline__ void put(bf16 *tile, int place, float a, float b) {
@@ -252,9 +255,9 @@ __device__ __forceinline__ void put(bf16 *tile, int place, float a, float b) {
 /* (8): tiles of the walks to the record, operands of the triangles to shared memory. LEVELS: those of the diagonal
  * squares come later. */
 template <bool LEVELS, int K>
-__device__ __forceinline__ void make_tiles(const Mine<K> &mine, FactorsShared<K> &s, char *record,
-                                           const float (&norm_q)[4]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+__device__ __forceinline__ void make_tiles(int thread, const Mine<K> &mine, FactorsShared<K> &s,
+                                           char *record, const float (&norm_q)[4]) {
+  const int warp = thread / 32, lane = thread & 31;
   bf16 *const k_start = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_START(K));
   bf16 *const k_end = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_END(K));
   bf16 *const q_start = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Q_START(K));
@@ -264,7 +267,7 @@ __device__ __forceinline__ void make_tiles(const Mine<K> &mine, FactorsShared<K>
     float ends[2][4], from_start[2][2], to_end[2][2], middle[2][2]; /* [e][first, second half] */
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      get_ends(ends[e], mine, c, e);
+      get_ends(thread, ends[e], mine, c, e);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float m = ends[e][2 * h];
@@ -318,17 +321,17 @@ __device__ __forceinline__ void make_tiles(const Mine<K> &mine, FactorsShared<K>
 /* The diagonal squares level by level. Two rows i > j part at the highest bit in which they differ; the tokens that
  * this bit splits have their anchor there. Width 0 is the diagonal. */
 template <int K>
-__device__ __forceinline__ void multiply_by_levels(float (&acc)[FACTOR_JOBS][4],
+__device__ __forceinline__ void multiply_by_levels(int thread, float (&acc)[FACTOR_JOBS][4],
                                                    const Mine<K> &mine, FactorsShared<K> &s) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, token = lane >> 2;
+  const int warp = thread / 32, lane = thread & 31, token = lane >> 2;
 #pragma unroll 1
   for (int width = 8; width >= 0; width = width > 1 ? width / 2 : width - 1) {
     const int anchor = ((token & ~(2 * width - 1)) + width - 1) & 7;
 #pragma unroll
     for (int c = 0; c < K / 32; ++c) {
       float ends[2][4];
-      get_ends(ends[0], mine, c, 0);
-      get_ends(ends[1], mine, c, 1);
+      get_ends(thread, ends[0], mine, c, 0);
+      get_ends(thread, ends[1], mine, c, 1);
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const bool after = (8 * (b & 1) + token) & width;
@@ -354,7 +357,7 @@ __device__ __forceinline__ void multiply_by_levels(float (&acc)[FACTOR_JOBS][4],
       const FactorJob job(warp, n);
       if (job.square == 2 && width) continue;
       float part[4] = {0, 0, 0, 0};
-      multiply<K>(part, s, job);
+      multiply<K>(thread, part, s, job);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = token + 4 * (i & 2), column = 8 * job.half + 2 * (lane & 3) + (i & 1);
@@ -371,8 +374,8 @@ __device__ __forceinline__ void multiply_by_levels(float (&acc)[FACTOR_JOBS][4],
  * less, sums of U are longer. A key much shorter than others (padding, 0) has a U so much larger, which is in all later
  * sums and would have to cancel in them: then not. */
 template <int K>
-__device__ __forceinline__ bool nearly_parallel(const FactorsShared<K> &s, int tokens) {
-  const int token = threadIdx.x & 31, pairs = (tokens < STEP ? tokens : STEP) - 1;
+__device__ __forceinline__ bool nearly_parallel(int thread, const FactorsShared<K> &s, int tokens) {
+  const int token = thread & 31, pairs = (tokens < STEP ? tokens : STEP) - 1;
   const float square = squares_of(s.squares[0], token);
   const float before = __shfl_up_sync(0xffffffffu, square, 1);
   const float strength = s.beta[token] * s.norm_k[token] * s.norm_k[token] * square;
@@ -392,15 +395,15 @@ __device__ __forceinline__ bool nearly_parallel(const FactorsShared<K> &s, int t
 /* A chunk's keys to its end anew, each less the next. What U loses by rounding, and these, then meet differences: with
  * nearly equal keys next to nothing. */
 template <int K>
-__device__ __forceinline__ void make_differences(const Mine<K> &mine, char *record) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+__device__ __forceinline__ void make_differences(int thread, const Mine<K> &mine, char *record) {
+  const int warp = thread / 32, lane = thread & 31;
   bf16 *const k_end = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_K_END(K));
 #pragma unroll
   for (int c = 0; c < K / 32; ++c) {
     float first[2] = {0, 0}; /* of the eight tokens behind */
     float ends[2][4];
-    get_ends(ends[0], mine, c, 0);
-    get_ends(ends[1], mine, c, 1);
+    get_ends(thread, ends[0], mine, c, 0);
+    get_ends(thread, ends[1], mine, c, 1);
 #pragma unroll
     for (int b = 3; b >= 0; --b) {
       float own[2], next[2];
@@ -418,28 +421,25 @@ __device__ __forceinline__ void make_differences(const Mine<K> &mine, char *reco
   }
 }
 
+/* Of a chunk, the first or second of a block with the number `row`. thread: threadIdx.x. */
 template <int K>
-__device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K> &s) {
+__device__ __forceinline__ void make_factors(int thread, const Backward &x, FactorsShared<K> &s,
+                                             const Block &block, int64_t row, int head, int chunk) {
   constexpr int C = K / 32; /* a warp's tiles of 8 channels */
   const fkda_problem &p = x.problem;
-  const uint32_t id = blockIdx.x / heads_of(p);
-  const int head = (int)(blockIdx.x % heads_of(p)), chunk = (int)(id & 1);
-  const int64_t row = id >> 1;
-  Block block;
-  if (!find_block(p, row, block)) return;
   const int64_t t = block.t + chunk * STEP;
   const int tokens = block.tokens - chunk * STEP; /* may be negative: a chunk of nothing */
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, token = lane >> 2;
+  const int warp = thread / 32, lane = thread & 31, token = lane >> 2;
   char *record = Workspace<K>(x).record(row, head, chunk);
   Mine<K> mine;
-  load_mine(mine, x, block.span, t, tokens, head);
+  load_mine(thread, mine, x, block.span, t, tokens, head);
 
   if (p.gate == FKDA_GATE_BOUNDED)
-    apply_gate<FKDA_GATE_BOUNDED>(mine, p, tokens, head);
+    apply_gate<FKDA_GATE_BOUNDED>(thread, mine, p, tokens, head);
   else if (p.gate == FKDA_GATE_SOFTPLUS)
-    apply_gate<FKDA_GATE_SOFTPLUS>(mine, p, tokens, head);
+    apply_gate<FKDA_GATE_SOFTPLUS>(thread, mine, p, tokens, head);
   else
-    apply_gate<FKDA_GATE_DIRECT>(mine, p, tokens, head);
+    apply_gate<FKDA_GATE_DIRECT>(thread, mine, p, tokens, head);
 
     /* |k|^2, |q|^2 */
 #pragma unroll
@@ -483,8 +483,8 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
   const bool by_levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
 
   const float scale = (float)p.scale;
-  if (threadIdx.x < STEP) {
-    const int i = threadIdx.x;
+  if (thread < STEP) {
+    const int i = thread;
     const float norm_k =
         p.l2norm ? rsqrtf(squares_of(s.squares[0], i) + (float)FKDA_L2NORM_EPS) : 1;
     const float norm_q =
@@ -509,13 +509,13 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
   float acc[FACTOR_JOBS][4];
   clear(acc);
   if (by_levels) {
-    make_tiles<true>(mine, s, record, norm_q);
-    multiply_by_levels(acc, mine, s);
+    make_tiles<true>(thread, mine, s, record, norm_q);
+    multiply_by_levels(thread, acc, mine, s);
   } else {
-    make_tiles<false>(mine, s, record, norm_q);
+    make_tiles<false>(thread, mine, s, record, norm_q);
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < FACTOR_JOBS; ++n) multiply<K>(acc[n], s, FactorJob(warp, n));
+    for (int n = 0; n < FACTOR_JOBS; ++n) multiply<K>(thread, acc[n], s, FactorJob(warp, n));
   }
 
   bf16 *const P = reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_P(K));
@@ -542,13 +542,59 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
     }
   }
   __syncthreads();
-  const bool differences = nearly_parallel(s, tokens);
-  if (threadIdx.x == 0)
-    *reinterpret_cast<uint32_t *>(record + FKDA_BACKWARD_PARALLEL(K)) = differences;
-  if (differences) make_differences(mine, record);
+  const bool differences = nearly_parallel(thread, s, tokens);
+  if (thread == 0) *reinterpret_cast<uint32_t *>(record + FKDA_BACKWARD_PARALLEL(K)) = differences;
+  if (differences) make_differences(thread, mine, record);
   if (warp == 0)
-    solve<K>(s, reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Z_HIGH(K)),
+    solve<K>(thread, s, reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Z_HIGH(K)),
              reinterpret_cast<bf16 *>(record + FKDA_BACKWARD_Z_LOW(K)));
+}
+
+/* All chunks, one a block of threads. */
+template <int K>
+__device__ __forceinline__ void make_all(const Backward &x, FactorsShared<K> &s) {
+  const uint32_t id = blockIdx.x / heads_of(x.problem);
+  const int head = (int)(blockIdx.x % heads_of(x.problem)), chunk = (int)(id & 1);
+  const int64_t row = id >> 1;
+  Block block;
+  if (find_block(x.problem, row, block)) make_factors(threadIdx.x, x, s, block, row, head, chunk);
+}
+
+/* Those of the heads that are left, dealt out to a few blocks of threads. Mostly there are none. */
+template <int K>
+__device__ __forceinline__ void make_left(const Backward &x, FactorsShared<K> &s) {
+  constexpr int THREADS = FKDA_BACKWARD_FACTORS_THREADS;
+  const fkda_problem &p = x.problem;
+  uint32_t turn = blockIdx.x; /* the next chunk, counted from the first one of head first + i */
+#pragma unroll 1
+  for (uint32_t first = 0; first < (uint32_t)(p.N * p.HV); first += THREADS) {
+    const uint32_t own = first + threadIdx.x;
+    uint32_t chunks = 0;
+    if (own < (uint32_t)(p.N * p.HV) && is_left(x, own)) {
+      const int64_t length = clamped_span(p, own / heads_of(p)).length;
+      chunks = (uint32_t)((length + BLOCK_TOKENS - 1) / BLOCK_TOKENS) * (BLOCK_TOKENS / STEP);
+    }
+    if (!__syncthreads_or(chunks)) continue;
+    s.chunks[threadIdx.x] = chunks;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < THREADS; turn -= s.chunks[i++])
+#pragma unroll 1
+      for (; turn < s.chunks[i]; turn += gridDim.x) {
+        const int64_t n = (first + i) / heads_of(p);
+        Block block;
+        block.span = clamped_span(p, n);
+        block.t = turn / 2 * BLOCK_TOKENS;
+        block.tokens = (int)min(block.span.length - block.t, (int64_t)BLOCK_TOKENS);
+        /* Hidden from the compiler, which would else keep what all rounds compute of it in registers until it runs
+         * out of them. */
+        int thread = threadIdx.x;
+        asm volatile("" : "+r"(thread));
+        make_factors(thread, x, s, block, first_block(p, block.span, n) + turn / 2,
+                     (int)((first + i) % heads_of(p)), (int)(turn & 1));
+        __syncthreads(); /* all have left the shared memory */
+      }
+  }
 }
 
 }  // namespace
@@ -565,6 +611,9 @@ __device__ __forceinline__ void make_factors(const Backward &x, FactorsShared<K>
       fkda_portable_backward_factors_k##K(                                                         \
           const __grid_constant__ fkda_portable_backward_params x) {                               \
     __shared__ __align__(16) fkda::FactorsShared<K> shared;                                        \
-    fkda::make_factors<K>(x, shared);                                                              \
+    if (x.redo)                                                                                    \
+      fkda::make_left<K>(x, shared);                                                               \
+    else                                                                                           \
+      fkda::make_all<K>(x, shared);                                                                \
   }
 FKDA_BACKWARD_BY_K(FKDA_ENTRY)

@@ -104,8 +104,9 @@ FKDA_HOST_DEVICE static inline int64_t fkda_portable_backward_workspace(int64_t 
 /* X(K, V) */
 #define FKDA_BACKWARD_BY_K_V(X) X(64, 64) X(64, 128) X(128, 64) X(128, 128)
 
-/* fkda_portable_backward_factors_k<K>: 2 * rows * HV blocks; shared memory is static. */
+/* fkda_portable_backward_factors_k<K>: 2 * rows * HV blocks, with `redo` any number; shared memory is static. */
 #define FKDA_BACKWARD_FACTORS_THREADS 128
+#define FKDA_BACKWARD_REDO_BLOCKS 3 /* a processor, with `redo` */
 
 /* fkda_portable_backward_walk_k<K>: N * HV * value_split * (forward ? 2 : 1) blocks. */
 #define FKDA_BACKWARD_WALK_PART 64 /* value columns of a block: value_split = V / 64 */

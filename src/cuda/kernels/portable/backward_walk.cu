@@ -465,6 +465,7 @@ __device__ __forceinline__ void run_walk(const Backward &x) {
   id /= x.value_split;
   walk.head = (int)(id % heads_of(p));
   walk.n = id / heads_of(p);
+  if (x.redo && !is_left(x, id)) return;
   walk.span = clamped_span(p, walk.n);
   walk.first = first_block(p, walk.span, walk.n);
   walk.chunks = (int)((walk.span.length + BLOCK_TOKENS - 1) / BLOCK_TOKENS) * (BLOCK_TOKENS / STEP);
