@@ -64,12 +64,18 @@ endfunction()
 
 # ---- compiling, or taking it from the cache -------------------------------------------------------------
 
-# What all kernels share, and what lies beside this one.
+# What all kernels share, and what lies beside this one; for those of the backward, portable's headers of it.
 get_filename_component(beside "${SOURCE}" DIRECTORY)
 file(GLOB_RECURSE files LIST_DIRECTORIES false "${PROJECT}/include/*.h" "${beside}/*.h" "${beside}/*.cuh")
 file(GLOB shared LIST_DIRECTORIES false "${PROJECT}/src/cuda/kernels/*.h" "${PROJECT}/src/cuda/kernels/*.cuh")
+if(SOURCE MATCHES "/backward_[^/]*$")
+  set(portable "${PROJECT}/src/cuda/kernels/portable")
+  file(GLOB backward "${portable}/backward_*.h" "${portable}/backward_*.cuh")
+  list(APPEND shared ${backward})
+endif()
 list(APPEND files ${shared} "${PROJECT}/src/check/problem.h" "${SOURCE}")
 list(SORT files)
+list(REMOVE_DUPLICATES files)
 
 function(fkda_key out)
   list(GET command 0 nvcc)

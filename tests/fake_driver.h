@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { FAKE_DEVICES = 3, FAKE_FUNCTIONS = 64, FAKE_PARAMS = 2048, FAKE_HISTORY = 8 };
+enum { FAKE_DEVICES = 3, FAKE_FUNCTIONS = 128, FAKE_PARAMS = 4096, FAKE_HISTORY = 8 };
 
 /* A CUstream. */
 typedef struct fake_stream {

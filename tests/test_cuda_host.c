@@ -22,6 +22,7 @@
 #include "cuda/images.h"
 #include "cuda/kernels/portable/backward_params.h"
 #include "cuda/kernels/portable/params.h"
+#include "cuda/kernels/sm90/backward_params.h"
 #include "cuda/kernels/sm90/params.h"
 #include "fake_driver.h"
 #include "flashkda/flashkda.h"
@@ -63,6 +64,7 @@ static void fail_child(int line, const char *what) {
 }
 
 static size_t params_size(const char *entry) {
+  if (strncmp(entry, "fkda_sm90_backward_", 19) == 0) return sizeof(fkda_sm90_backward_params);
   if (strncmp(entry, "fkda_sm90_", 10) == 0) return sizeof(fkda_sm90_params);
   return strncmp(entry, "fkda_portable_backward_", 23) == 0 ? sizeof(fkda_portable_backward_params)
                                                             : sizeof(fkda_portable_params);
@@ -212,12 +214,14 @@ static int images(const char *family) {
 #define COUNT(...) (sizeof((char[]){__VA_ARGS__}))
 #define ONE(...) 1,
 enum {
-  /* Prefill and decode are loaded together, in two images; the backward by itself. */
+  /* Prefill and decode are loaded together, in two images; the backward by itself, of each row. */
   PORTABLE_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
   PORTABLE_IMAGES = 2,
   BACKWARD_KERNELS = 4 * COUNT(FKDA_BACKWARD_BY_K(ONE)) + COUNT(FKDA_BACKWARD_BY_K_V(ONE)),
   SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE)),
-  KERNELS = PORTABLE_KERNELS + BACKWARD_KERNELS + SM90_KERNELS,
+  SM90_IMAGES = 1,
+  SM90_BACKWARD_KERNELS = COUNT(FKDA_SM90_BACKWARD_LIST(ONE)),
+  KERNELS = PORTABLE_KERNELS + BACKWARD_KERNELS + SM90_KERNELS + SM90_BACKWARD_KERNELS,
 };
 
 static void be_hopper(int device) {
@@ -746,7 +750,7 @@ SCENARIO(sm90_launch) {
     };
     for (size_t j = 0; j < sizeof maps / sizeof maps[0]; ++j) check_map(&maps[j]);
   }
-  CHECK_INT(fake.loads, images("sm90/"));
+  CHECK_INT(fake.loads, SM90_IMAGES); /* and nothing of the backward's */
 }
 
 /* Where one of many sequences may be long, with whole columns and with halves: the kernels settle which one it is. */
@@ -913,8 +917,9 @@ SCENARIO(sm90_forced) {
   CHECK_OK(fkda_prefill(&a));
   CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
   fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
-  CHECK_FAILS(fkda_decode(&d), FKDA_ERROR_UNSUPPORTED,
-              "FLASHKDA_BACKEND: \"sm90\" cannot run this call: has kernels for prefill only");
+  CHECK_FAILS(
+      fkda_decode(&d), FKDA_ERROR_UNSUPPORTED,
+      "FLASHKDA_BACKEND: \"sm90\" cannot run this call: has kernels for prefill and backward only");
 }
 
 SCENARIO(sm90_and_portable_refuse) {
@@ -925,7 +930,8 @@ SCENARIO(sm90_and_portable_refuse) {
               "128");
   fkda_decode_args d = decode(1, 2, 96, 128, FKDA_STATE_VK);
   CHECK_FAILS(fkda_query(&d), FKDA_ERROR_UNSUPPORTED,
-              "no backend can run this call: sm90: has kernels for prefill only; portable: K = 96, "
+              "no backend can run this call: sm90: has kernels for prefill and backward only; "
+              "portable: K = 96, "
               "V = 128, expected each 64 or 128");
 }
 
@@ -1189,18 +1195,287 @@ SCENARIO(backward_workspace) {
   CHECK(wide.workspace_size > least);
 }
 
-/* The row sm90 has none; checkpoints that the prefill has kept are taken, and not needed. */
-SCENARIO(backward_on_hopper) {
-  be_hopper(0);
+/* Checkpoints that the prefill has kept are taken, and not needed. */
+SCENARIO(backward_checkpoints) {
   fkda_backward_args a = backward(1, 2, 2, 64, 64);
-  CHECK_TEXT(backend_of(&a), "portable");
-  check_not(&a, "sm90", "has kernels for prefill only");
   const int64_t states[] = {7, 2, 64, 64};
   a.checkpoint_state = fkda_tensor_contiguous((void *)((uintptr_t)1 << 44), FKDA_F16, 4, states);
   a.checkpoint_every = 16;
   give_workspace(&a);
   CHECK_OK(fkda_backward(&a));
   CHECK_INT(fake.launches, 4);
+}
+
+/* Of a call on Hopper: its walk, then all of portable's launches, of which factors and walk do what is left. */
+static fkda_sm90_backward_params sm90_backward_params(const fake_launch *launch) {
+  fkda_sm90_backward_params p;
+  memcpy(&p, launch->params, sizeof p);
+  return p;
+}
+
+SCENARIO(sm90_backward_launches) {
+  static const struct {
+    int64_t N, H, HV, K, V;
+    int split;
+    const char *part; /* of the entry points' names */
+  } cases[] = {
+      {1, 2, 2, 128, 128, 2, "k128_v64"},    {1, 33, 33, 128, 128, 2, "k128_v64"},
+      {1, 34, 34, 128, 128, 1, "k128_v128"}, {2, 48, 96, 128, 128, 1, "k128_v128"},
+      {3, 2, 4, 64, 128, 2, "k64_v64"},      {3, 40, 40, 64, 128, 1, "k64_v128"},
+      {1, 2, 2, 128, 64, 1, "k128_v64"},     {1, 2, 2, 64, 64, 1, "k64_v64"},
+      {300, 2, 2, 128, 128, 1, "k128_v128"},
+  };
+  be_hopper(0);
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t N = cases[i].N, H = cases[i].H, HV = cases[i].HV, K = cases[i].K, V = cases[i].V;
+    const int64_t rows = 100 * N / FKDA_BACKWARD_BLOCK + N, tasks = 2 * N * HV * cases[i].split;
+    const int64_t portable = fkda_portable_backward_workspace(1, 100 * N, N, HV, K, V);
+    const bool bounded = i % 2 == 0;
+    char name[64];
+    fkda_backward_args a = backward(N, H, HV, K, V);
+    if (!bounded) a.gate = FKDA_GATE_SOFTPLUS;
+    fkda_plan_info info = {.struct_size = sizeof info};
+    CHECK_OK(fkda_plan(&a, &info));
+    CHECK_TEXT(info.backend, "sm90");
+    CHECK_INT(info.chunk, FKDA_BACKWARD_BLOCK);
+    CHECK_INT(info.value_split, cases[i].split);
+    CHECK_INT(info.tasks, tasks);
+    CHECK_INT(info.threads, tasks < 132 ? tasks : 132);
+    CHECK_INT(info.workspace_size, portable + N * HV * 4 * FKDA_BACKWARD_REDO);
+    give_workspace(&a);
+    CHECK_INT(a.workspace_size, info.workspace_size);
+    const int before = fake.launches, maps = fake.maps, count = HV > H ? 6 : 5;
+    CHECK_OK(fkda_backward(&a));
+    CHECK_INT(fake.launches, before + count);
+    CHECK_INT(fake.maps, maps + 6);
+
+    const fake_launch *walk = launch_of(count, 0);
+    snprintf(name, sizeof name, "fkda_sm90_backward_walk_%s%s", cases[i].part,
+             bounded ? "" : "_unbounded");
+    CHECK_TEXT(walk->entry, name);
+    CHECK_INT(walk->grid[0], tasks < 132 ? tasks : 132);
+    CHECK_INT(walk->block[0], FKDA_SM90_PREFILL_THREADS);
+    CHECK_INT(walk->shared, FKDA_SM90_PREFILL_SHARED);
+    CHECK_INT(walk->early, 0);
+    CHECK(walk->stream == &stream_of[0]);
+    const fkda_sm90_backward_params p = sm90_backward_params(walk);
+    CHECK_INT(p.value_split, cases[i].split);
+    const expected_map expected[] = {
+        {&a.q, p.q, {H * K * 2, K * 2, 16}},          {&a.k, p.k, {H * K * 2, K * 2, 16}},
+        {&a.g, p.g, {HV * K * 2, K * 2, 16}},         {&a.v, p.v, {HV * V * 2, V * 2, 16}},
+        {&a.d_out, p.d_out, {HV * V * 2, V * 2, 16}}, {&a.d_v, p.d_v, {HV * V * 2, V * 2, 16}},
+    };
+    for (size_t j = 0; j < sizeof expected / sizeof expected[0]; ++j) check_map(&expected[j]);
+    CHECK((char *)p.backward.redo == (char *)a.workspace + portable);
+    CHECK((uintptr_t)p.backward.redo % 16 == 0);
+
+    const int64_t all = 2 * rows * HV, few = (int64_t)FKDA_BACKWARD_REDO_BLOCKS * 132;
+    snprintf(name, sizeof name, "factors_k%d", (int)K);
+    check_stage(launch_of(count, 1), name, all < few ? all : few, FKDA_BACKWARD_FACTORS_THREADS, 0);
+    snprintf(name, sizeof name, "walk_k%d", (int)K);
+    check_stage(launch_of(count, 2), name, 2 * N * HV * V / 64, FKDA_BACKWARD_WALK_THREADS,
+                (int)FKDA_BACKWARD_WALK_SHARED(K, p.backward.stages));
+    snprintf(name, sizeof name, "gradients_k%d_v%d", (int)K, (int)V);
+    check_stage(launch_of(count, 3), name, rows * HV, (int)FKDA_BACKWARD_GRADIENTS_THREADS(K),
+                (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V));
+    snprintf(name, sizeof name, "reduce_k%d", (int)K);
+    check_stage(launch_of(count, 4), name, HV, (int)FKDA_BACKWARD_REDUCE_THREADS(K), 0);
+    snprintf(name, sizeof name, "group_k%d", (int)K);
+    if (count == 6)
+      check_stage(launch_of(count, 5), name, rows * H, FKDA_BACKWARD_GROUP_THREADS, 0);
+    for (int j = 1; j < count; ++j) {
+      const fkda_portable_backward_params q = backward_params(launch_of(count, j));
+      CHECK(memcmp(&q, &p.backward, sizeof q) == 0);
+      CHECK(q.workspace == a.workspace);
+      CHECK_INT(q.rows, rows);
+      CHECK_INT(q.value_split, V / 64);
+      CHECK(q.aligned_q && q.aligned_d_out && q.aligned_d_v);
+    }
+  }
+  CHECK_INT(fake.functions,
+            BACKWARD_KERNELS + SM90_BACKWARD_KERNELS); /* and nothing of prefill's */
+}
+
+/* Only what the wanted gradients need, in either direction; no map of what is not there. */
+SCENARIO(sm90_backward_subsets) {
+  be_hopper(0);
+  const fkda_tensor none = {0};
+  fkda_backward_args a = backward(2, 2, 4, 64, 64);
+  a.d_k = a.d_v = a.d_g = a.d_beta = a.d_A_log = a.d_dt_bias = a.d_initial_state = none;
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a)); /* d_q: walk, factors, walk, gradients, group */
+  CHECK_INT(fake.launches, 5);
+  CHECK_INT(fake.maps, 5);
+  fkda_sm90_backward_params p = sm90_backward_params(launch_of(5, 0));
+  const fkda_tensor_map nothing = {{0}};
+  CHECK(memcmp(&p.d_v, &nothing, sizeof nothing) == 0);
+  CHECK_INT(p.backward.forward, 1);
+  CHECK_INT(launch_of(5, 0)->grid[0], 2 * 2 * 4);
+  a.d_q = none;
+  a.d_initial_state = PLACE(FKDA_F32, 2, 4, 64, 64);
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a)); /* d_initial_state: walk, factors, walk */
+  CHECK_INT(fake.launches, 8);
+  p = sm90_backward_params(launch_of(3, 0));
+  CHECK_INT(p.backward.forward, 0);
+  CHECK_INT(launch_of(3, 0)->grid[0], 2 * 4);
+  a.d_initial_state = none;
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 8);
+
+  /* one direction has half the tasks, and processors to spare for longer */
+  a = backward(1, 66, 66, 128, 128);
+  fkda_plan_info info = {.struct_size = sizeof info};
+  CHECK_OK(fkda_plan(&a, &info));
+  CHECK_INT(info.value_split, 1);
+  a.d_q = a.d_k = a.d_g = a.d_beta = a.d_A_log = a.d_dt_bias = none;
+  CHECK_OK(fkda_plan(&a, &info));
+  CHECK_INT(info.value_split, 2);
+  CHECK_INT(info.tasks, 132);
+}
+
+/* Sequences without tokens hand their states' gradients on: nothing to map, no factors. */
+SCENARIO(sm90_backward_of_nothing) {
+  be_hopper(0);
+  fkda_backward_args a = backward(3, 2, 2, 64, 64);
+  fkda_tensor *tokens[] = {&a.q,   &a.k,   &a.v,   &a.g,   &a.beta,  &a.d_out,
+                           &a.d_q, &a.d_k, &a.d_v, &a.d_g, &a.d_beta};
+  for (int i = 0; i < 11; ++i) tokens[i]->shape[1] = 0;
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 3);
+  CHECK_INT(fake.maps, 0);
+  CHECK_TEXT(launch_of(3, 0)->entry, "fkda_sm90_backward_walk_k64_v64");
+  CHECK_TEXT(launch_of(3, 1)->entry, "fkda_portable_backward_walk_k64");
+  CHECK_TEXT(launch_of(3, 2)->entry, "fkda_portable_backward_reduce_k64");
+  CHECK_INT(backward_params(launch_of(3, 2)).rows, 0);
+  a.cu_seqlens.shape[0] = 1;
+  a.initial_state.shape[0] = a.d_final_state.shape[0] = a.d_initial_state.shape[0] = 0;
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 4);
+  CHECK_TEXT(fake.launch.entry, "fkda_portable_backward_reduce_k64");
+}
+
+/* What the copy engine cannot reach or the kernels do not read goes to portable, and the plan says why. */
+SCENARIO(sm90_backward_refusals) {
+  be_hopper(0);
+  for (int i = 0; i < 6; ++i) {
+    static const char *const names[] = {"q", "k", "v", "g", "d_out", "d_v"};
+    fkda_backward_args a = backward(2, 4, 4, 64, 64);
+    fkda_tensor *const tensors[] = {&a.q, &a.k, &a.v, &a.g, &a.d_out, &a.d_v}, *const t =
+                                                                                   tensors[i];
+    char reason[200], message[300];
+    t->data = (void *)((uintptr_t)(1 + i) << 42);
+    t->stride[2] += 8; /* 16 bytes */
+    t->stride[1] = 4 * t->stride[2];
+    CHECK_TEXT(backend_of(&a), "sm90");
+    t->stride[1] += 4;
+    CHECK_TEXT(backend_of(&a), "portable");
+    snprintf(reason, sizeof reason,
+             "%s: stride of T is %d bytes, expected a multiple of 16, less than 2^40", names[i],
+             4 * 72 * 2 + 8);
+    check_not(&a, "sm90", reason);
+    give_workspace(&a);
+    const int before = fake.launches;
+    CHECK_OK(fkda_backward(&a));
+    CHECK_INT(fake.launches, before + 4);
+    CHECK_TEXT(launch_of(4, 0)->entry, "fkda_portable_backward_factors_k64");
+    CHECK(backward_params(launch_of(4, 0)).redo == NULL);
+    a.backend = "sm90";
+    snprintf(message, sizeof message, "backend: \"sm90\" cannot run this call: %s", reason);
+    CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_UNSUPPORTED, message);
+    CHECK_INT(fake.launches, before + 4);
+
+    t->stride[1] -= 4;
+    t->data = (char *)t->data + 8;
+    snprintf(message, sizeof message,
+             "backend: \"sm90\" cannot run this call: %s: data %p, expected a multiple of 16",
+             names[i], t->data);
+    CHECK_FAILS(fkda_query(&a), FKDA_ERROR_UNSUPPORTED, message);
+  }
+  fkda_backward_args a = backward(2, 4, 4, 64, 64);
+  a.g.dtype = FKDA_F32;
+  check_not(&a, "sm90", "g: float32, expected bfloat16");
+  a = backward(2, 4, 4, 64, 64);
+  a.d_out.dtype = FKDA_F32;
+  check_not(&a, "sm90", "d_out: float32, expected bfloat16");
+  a.d_out = (fkda_tensor){0};
+  check_not(&a, "sm90", "d_out: absent, expected bfloat16");
+  a = backward(2, 4, 4, 64, 64);
+  a.d_v.dtype = FKDA_F32;
+  check_not(&a, "sm90", "d_v: float32, expected bfloat16");
+  a.d_v = (fkda_tensor){0};
+  CHECK_TEXT(backend_of(&a), "sm90");
+  a = backward(INT64_C(1) << 25, 2, 2, 64, 64);
+  check_not(&a, "sm90", "T = 3355443200, expected at most 2147483583");
+
+  /* a question without gradients is about all of them, on whichever row a call will run */
+  a = backward(1, 66, 66, 128, 128);
+  a.d_out = a.d_q = a.d_k = a.d_v = a.d_g = a.d_beta = a.d_A_log = a.d_dt_bias = a.d_initial_state =
+      (fkda_tensor){0};
+  fkda_plan_info info = {.struct_size = sizeof info};
+  CHECK_OK(fkda_plan(&a, &info));
+  CHECK_TEXT(info.backend, "sm90");
+  CHECK_INT(info.tasks, 132);
+}
+
+SCENARIO(sm90_backward_forced) {
+  be_hopper(0);
+  fkda_backward_args a = backward(1, 2, 2, 64, 64);
+  check_not(&a, "portable", "sm90 comes first");
+  a.backend = "portable";
+  check_not(&a, "sm90", "backend asks for portable");
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 4);
+  CHECK_TEXT(launch_of(4, 0)->entry, "fkda_portable_backward_factors_k64");
+  CHECK(backward_params(launch_of(4, 0)).redo == NULL);
+  CHECK_INT(fake.functions, BACKWARD_KERNELS);
+  a.backend = "sm90"; /* which has flags behind portable's workspace */
+  CHECK_INT(fkda_backward(&a), FKDA_ERROR_WORKSPACE);
+  CHECK_INT(fake.launches, 4);
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 9);
+  CHECK_TEXT(launch_of(5, 0)->entry, "fkda_sm90_backward_walk_k64_v64");
+  CHECK_INT(fake.functions, BACKWARD_KERNELS + SM90_BACKWARD_KERNELS);
+  a.backend = NULL;
+  setenv("FLASHKDA_BACKEND", "portable", 1);
+  CHECK_TEXT(backend_of(&a), "portable");
+  setenv("FLASHKDA_BACKEND", "sm90", 1);
+  CHECK_TEXT(backend_of(&a), "sm90");
+}
+
+/* Nothing is launched in a capture before both rows' kernels are there, nor without all the maps. */
+SCENARIO(sm90_backward_capture_and_failure) {
+  be_hopper(0);
+  fkda_backward_args a = backward(1, 2, 4, 64, 64);
+  a.backend = "portable";
+  give_workspace(&a);
+  CHECK_OK(fkda_backward(&a)); /* loads portable's */
+  CHECK_INT(fake.launches, 5);
+  a.backend = NULL;
+  give_workspace(&a);
+  stream_of[0].capture = 1;
+  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
+  CHECK_INT(fake.launches, 5);
+  stream_of[0].capture = 0;
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
+  stream_of[0].capture = 1;
+  const int asked = fake.loads + fake.functions;
+  CHECK_OK(fkda_backward(&a));
+  CHECK_INT(fake.launches, 11);
+  CHECK_INT(fake.loads + fake.functions, asked);
+  fake.failing = "cuTensorMapEncodeTiled";
+  fake.failure = 1;
+  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE,
+              "cuTensorMapEncodeTiled: CUDA_ERROR_FAKE, error 1 (made up for a test)");
+  CHECK_INT(fake.launches, 11);
+  fake.failing = "cuLaunchKernelEx";
+  fake.failure = 700;
+  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE,
+              "fkda_sm90_backward_walk_k64_v64: CUDA_ERROR_FAKE, error 700 (made up for a test)");
+  CHECK_INT(fake.launches, 11);
 }
 
 /* Nothing is launched in a capture before all is loaded, nor after a launch that has failed. */
@@ -1259,17 +1534,16 @@ SCENARIO(warmup) {
       CHECK_INT(fake.entry_shared[i], FKDA_PORTABLE_PREFILL_SHARED(K, part));
       ++prefill_kernels;
     }
-    if (strncmp(fake.entries[i], "fkda_sm90_prefill_", 18) == 0) {
+    if (strncmp(fake.entries[i], "fkda_sm90_", 10) == 0)
       CHECK_INT(fake.entry_shared[i], FKDA_SM90_PREFILL_SHARED);
-      ++prefill_kernels;
-    }
+    prefill_kernels += strncmp(fake.entries[i], "fkda_sm90_prefill_", 18) == 0;
   }
   CHECK_INT(prefill_kernels, COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + SM90_KERNELS);
 
   /* elsewhere sm_90a's code is not asked for */
   CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
   CHECK_INT(fake.loads, images("") + images("portable/"));
-  CHECK_INT(fake.functions, 2 * KERNELS - SM90_KERNELS);
+  CHECK_INT(fake.functions, 2 * KERNELS - SM90_KERNELS - SM90_BACKWARD_KERNELS);
 }
 
 enum { THREADS = 8, CALLS = 50 };
@@ -1471,7 +1745,13 @@ int main(void) {
       cmocka_unit_test(test_backward_of_nothing),
       cmocka_unit_test(test_backward_alignment),
       cmocka_unit_test(test_backward_workspace),
-      cmocka_unit_test(test_backward_on_hopper),
+      cmocka_unit_test(test_backward_checkpoints),
+      cmocka_unit_test(test_sm90_backward_launches),
+      cmocka_unit_test(test_sm90_backward_subsets),
+      cmocka_unit_test(test_sm90_backward_of_nothing),
+      cmocka_unit_test(test_sm90_backward_refusals),
+      cmocka_unit_test(test_sm90_backward_forced),
+      cmocka_unit_test(test_sm90_backward_capture_and_failure),
       cmocka_unit_test(test_backward_capture_and_failure),
       cmocka_unit_test(test_warmup),
       cmocka_unit_test(test_many_threads),

@@ -118,7 +118,7 @@ static int32_t aligned_by_four(const fkda_states *x) {
 static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
                           const fkda_plan_t *plan) {
   (void)self;
-  if (p->op == FKDA_OP_BACKWARD) return fkda_cuda_backward_launch(p, plan);
+  if (p->op == FKDA_OP_BACKWARD) return fkda_cuda_backward_launch(p);
   if (plan->tasks == 0) return FKDA_OK; /* no sequence: nothing to write */
   char reason[FKDA_REASON_CAPACITY];
   const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);

@@ -1,10 +1,12 @@
-/* The backend row "sm90": prefill on Hopper's tensor cores and copy engine (kernels/sm90). */
+/* The backend row "sm90": prefill and backward on Hopper's tensor cores and copy engine (kernels/sm90). */
 #include <stdatomic.h>
 #include <stddef.h>
 
 #include "cuda/backend.h"
+#include "cuda/backward.h"
 #include "cuda/kernels/sm90/params.h"
 #include "cuda/module.h"
+#include "cuda/tensor_map.h"
 #include "run/backend.h"
 
 /* Machine code of sm_90a runs on 9.0 and on nothing else. */
@@ -41,6 +43,11 @@ static int32_t kernel_of(const fkda_problem *p, int64_t part) {
   return i;
 }
 
+#define ROWS(name, heads, dim) FKDA_CUDA_MAPPED(fkda_sm90_params, name, heads, dim)
+static const fkda_cuda_mapped mapped[] = {ROWS(q, H, K), ROWS(k, H, K), ROWS(v, HV, V),
+                                          ROWS(g, HV, K), ROWS(out, HV, V)};
+#define MAPPED ((int32_t)(sizeof mapped / sizeof mapped[0]))
+
 /* ---- what can run where? ---------------------------------------------------------------------------- */
 
 static bool on_device(const fkda_backend *self, int32_t device_id, char *reason, size_t capacity) {
@@ -75,68 +82,24 @@ static bool by_lengths(const fkda_problem *p) {
          2 * p->HV <= FKDA_CUDA_PROCESSORS;
 }
 
-/* Coordinates of tokens are 32 bits wide, also those of the rows that a last box has too many. */
-#define MAX_TOKENS (INT32_MAX - FKDA_SM90_CHUNK)
-#define COPY_UNIT 16                  /* bytes: the copy engine's alignment */
-#define MAX_STRIDE (INT64_C(1) << 40) /* bytes, of a tensor map */
-#define MAX_EXTENT (INT64_C(1) << 32)
-
-typedef struct extents {
-  int64_t of[3], bytes[3]; /* T, heads, B, and the strides of each in bytes */
-} extents;
-
-static extents extents_of(const fkda_problem *p, const fkda_rows *x, int64_t heads) {
-  const int64_t size = (int64_t)fkda_dtype_size(x->dtype);
-  return (extents){{p->T, heads, p->B},
-                   {x->stride_t * size, x->stride_h * size, x->stride_b * size}};
-}
-
-/* Where there is no token there is nothing to map. */
-static bool is_empty(const fkda_problem *p) { return p->T == 0 || p->B == 0; }
-
-/* Can a tensor map say where x lies? */
-static bool can_be_mapped(const fkda_problem *p, const char *name, const fkda_rows *x,
-                          int64_t heads, char *reason, size_t capacity) {
-  static const char *const dimensions[] = {"T", "heads", "B"};
-  if ((uintptr_t)x->data % COPY_UNIT)
-    return fkda_refuse(reason, capacity, "%s: data %p, expected a multiple of %d", name, x->data,
-                       COPY_UNIT);
-  const extents e = extents_of(p, x, heads);
-  for (int i = 0; i < 3; ++i) {
-    if (e.of[i] <= 1) continue;
-    if (e.of[i] >= MAX_EXTENT)
-      return fkda_refuse(reason, capacity, "%s: %s = %lld, expected less than 2^32", name,
-                         dimensions[i], (long long)e.of[i]);
-    if (e.bytes[i] < COPY_UNIT || e.bytes[i] % COPY_UNIT || e.bytes[i] >= MAX_STRIDE)
-      return fkda_refuse(
-          reason, capacity,
-          "%s: stride of %s is %lld bytes, expected a multiple of %d, less than 2^40", name,
-          dimensions[i], (long long)e.bytes[i], COPY_UNIT);
-  }
-  return true;
-}
-
 static bool supports(const fkda_backend *self, const fkda_problem *p, char *reason,
                      size_t capacity) {
   (void)self;
+  if (p->op == FKDA_OP_BACKWARD) return fkda_cuda_backward_sm90_supports(p, reason, capacity);
   if (p->op != FKDA_OP_PREFILL)
-    return fkda_refuse(reason, capacity, "has kernels for prefill only");
-  if (!fkda_cuda_supports(p, p->N * p->HV * split_of(p), reason, capacity)) return false;
-  if (p->T > MAX_TOKENS)
-    return fkda_refuse(reason, capacity, "T = %lld, expected at most %lld", (long long)p->T,
-                       (long long)MAX_TOKENS);
-  if (is_empty(p)) return true;
-  return can_be_mapped(p, "q", &p->q, p->H, reason, capacity) &&
-         can_be_mapped(p, "k", &p->k, p->H, reason, capacity) &&
-         can_be_mapped(p, "v", &p->v, p->HV, reason, capacity) &&
-         can_be_mapped(p, "g", &p->g, p->HV, reason, capacity) &&
-         can_be_mapped(p, "out", &p->out, p->HV, reason, capacity);
+    return fkda_refuse(reason, capacity, "has kernels for prefill and backward only");
+  return fkda_cuda_supports(p, p->N * p->HV * split_of(p), reason, capacity) &&
+         fkda_cuda_can_be_mapped(p, mapped, MAPPED, FKDA_SM90_CHUNK, reason, capacity);
 }
 
 /* ---- planning --------------------------------------------------------------------------------------- */
 
 static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *plan) {
   (void)self;
+  if (p->op == FKDA_OP_BACKWARD) {
+    fkda_cuda_backward_sm90_plan(p, plan);
+    return;
+  }
   plan->chunk = FKDA_SM90_CHUNK;
   plan->value_split = split_of(p);
   plan->tasks = p->N * p->HV * plan->value_split;
@@ -147,41 +110,9 @@ static void plan(const fkda_backend *self, const fkda_problem *p, fkda_plan_t *p
 
 /* ---- running ---------------------------------------------------------------------------------------- */
 
-static fkda_status make_map(const fkda_cuda_driver *driver, const fkda_problem *p,
-                            const fkda_rows *x, int64_t heads, int64_t dim, fkda_tensor_map *map) {
-  const extents e = extents_of(p, x, heads);
-  uint64_t sizes[4] = {(uint64_t)dim}, strides[3];
-  for (int i = 0; i < 3; ++i) {
-    sizes[i + 1] = (uint64_t)e.of[i];
-    strides[i] = e.of[i] > 1 ? (uint64_t)e.bytes[i] : COPY_UNIT; /* of one element: never used */
-  }
-  const uint32_t box[4] = {FKDA_SM90_BOX_BYTES / (uint32_t)fkda_dtype_size(x->dtype),
-                           FKDA_SM90_CHUNK, 1, 1};
-  const uint32_t every[4] = {1, 1, 1, 1};
-  const int result = driver->api.tensor_map_encode_tiled(
-      map, x->dtype == FKDA_F32 ? FKDA_CU_TENSOR_MAP_FLOAT32 : FKDA_CU_TENSOR_MAP_BFLOAT16, 4,
-      x->data, sizes, strides, box, every, FKDA_CU_TENSOR_MAP_INTERLEAVE_NONE,
-      FKDA_CU_TENSOR_MAP_SWIZZLE_128B, FKDA_CU_TENSOR_MAP_L2_PROMOTION_256B,
-      FKDA_CU_TENSOR_MAP_OOB_FILL_NONE);
-  return result ? fkda_cuda_fail(driver, result, "cuTensorMapEncodeTiled") : FKDA_OK;
-}
-
 static fkda_status make_maps(const fkda_cuda_driver *driver, void *of) {
   fkda_sm90_params *params = of;
-  const fkda_problem *p = &params->problem;
-  const struct {
-    const fkda_rows *rows;
-    int64_t heads, dim;
-    fkda_tensor_map *map;
-  } tensors[] = {{&p->q, p->H, p->K, &params->q},
-                 {&p->k, p->H, p->K, &params->k},
-                 {&p->g, p->HV, p->K, &params->g},
-                 {&p->v, p->HV, p->V, &params->v},
-                 {&p->out, p->HV, p->V, &params->out}};
-  fkda_status status = FKDA_OK;
-  for (size_t i = 0; !is_empty(p) && i < sizeof tensors / sizeof tensors[0] && !status; ++i)
-    status = make_map(driver, p, tensors[i].rows, tensors[i].heads, tensors[i].dim, tensors[i].map);
-  return status;
+  return fkda_cuda_make_maps(driver, &params->problem, mapped, MAPPED, params);
 }
 
 /* The second of two launches, from what the first has before it. */
@@ -196,6 +127,7 @@ static fkda_status halve(const fkda_cuda_driver *driver, void *of) {
 static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
                           const fkda_plan_t *plan) {
   (void)self;
+  if (p->op == FKDA_OP_BACKWARD) return fkda_cuda_backward_sm90_launch(p, plan);
   if (plan->tasks == 0) return FKDA_OK; /* no sequence: nothing to write */
   char reason[FKDA_REASON_CAPACITY];
   const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);
@@ -223,7 +155,8 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
 
 static fkda_status warmup(const fkda_backend *self, int32_t device_id) {
   (void)self;
-  return fkda_cuda_warmup(&capabilities, &kernels, device_id);
+  const fkda_status status = fkda_cuda_warmup(&capabilities, &kernels, device_id);
+  return status ? status : fkda_cuda_backward_sm90_warmup(device_id);
 }
 
 const fkda_backend fkda_backend_cuda_sm90 = {

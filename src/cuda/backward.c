@@ -1,11 +1,11 @@
-/* Planning and launching the portable kernels of the backward (kernels/portable/backward_params.h). */
+/* Planning and launching the portable kernels of the backward (kernels/portable/backward_params.h): by themselves, or
+ * behind the walk of the row "sm90" (backward_sm90.c). */
 #include "cuda/backward.h"
 
 #include <stdatomic.h>
 #include <stddef.h>
 
 #include "cuda/backend.h"
-#include "cuda/kernels/portable/backward_params.h"
 #include "run/backend.h"
 
 /* ---- the kernels ------------------------------------------------------------------------------------ */
@@ -88,8 +88,13 @@ static work work_of(const fkda_problem *p) {
   return w;
 }
 
-/* Forwards and backwards at the same time, or backwards only. A question without gradients is about all. */
-static int64_t walks_of(const fkda_problem *p) {
+static bool has_tokens(const fkda_problem *p, const work *wanted) { /* or may have */
+  return wanted->any && p->B * p->T > 0 && p->N > 0;
+}
+
+bool fkda_cuda_backward_wants_any(const fkda_problem *p) { return work_of(p).any; }
+
+int64_t fkda_cuda_backward_walks(const fkda_problem *p) {
   const work w = work_of(p);
   return p->N * p->HV * (w.tokens || !w.any ? 2 : 1);
 }
@@ -102,7 +107,9 @@ static int64_t rows_of(const fkda_problem *p) {
   return fkda_portable_backward_rows(p->B, p->T, p->N);
 }
 
-static int64_t walk_blocks(const fkda_problem *p) { return walks_of(p) * split_of(p); }
+static int64_t walk_blocks(const fkda_problem *p) {
+  return fkda_cuda_backward_walks(p) * split_of(p);
+}
 
 bool fkda_cuda_backward_supports(const fkda_problem *p, char *reason, size_t capacity) {
   const int64_t factors = 2 * rows_of(p) * p->HV, walk = walk_blocks(p);
@@ -137,22 +144,15 @@ static int32_t stages_of(const fkda_cuda_device *device, int64_t blocks, int32_t
   return stages_in(device->block_shared, K);
 }
 
-fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *plan) {
-  char reason[FKDA_REASON_CAPACITY];
-  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);
-  if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
-
+fkda_portable_backward_params fkda_cuda_backward_params(const fkda_cuda_device *device,
+                                                        const fkda_problem *p) {
   const work wanted = work_of(p);
-  const int32_t K = (int32_t)p->K, V = (int32_t)p->V;
-  const int64_t rows = rows_of(p), walk = plan->tasks;
-  const bool some = wanted.any && p->B * p->T > 0 && p->N > 0; /* there may be tokens */
-  const fkda_cuda_device *device = &driver->devices[p->device_id];
-  fkda_portable_backward_params params = {
+  return (fkda_portable_backward_params){
       .problem = *p,
       .workspace = p->workspace,
-      .rows = some ? rows : 0,
-      .value_split = plan->value_split,
-      .stages = stages_of(device, walk, K),
+      .rows = has_tokens(p, &wanted) ? rows_of(p) : 0,
+      .value_split = split_of(p),
+      .stages = stages_of(device, walk_blocks(p), (int32_t)p->K),
       .forward = wanted.tokens,
       .aligned_q = aligned_bf16(&p->q),
       .aligned_k = aligned_bf16(&p->k),
@@ -164,6 +164,23 @@ fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *
       .aligned_d_v = aligned(&p->d_v),
       .aligned_d_g = aligned(&p->d_g),
   };
+}
+
+/* Behind another walk, few: mostly they have nothing to do. */
+static int64_t factors_blocks(const fkda_cuda_device *device,
+                              const fkda_portable_backward_params *params) {
+  const int64_t all = 2 * params->rows * params->problem.HV;
+  const int64_t few = FKDA_BACKWARD_REDO_BLOCKS * (int64_t)device->processors;
+  return params->redo && few < all ? few : all;
+}
+
+fkda_status fkda_cuda_backward_launch_all(const fkda_cuda_driver *driver,
+                                          fkda_portable_backward_params *params,
+                                          const fkda_cuda_launch *first) {
+  const fkda_problem *p = &params->problem;
+  const work wanted = work_of(p);
+  const bool some = has_tokens(p, &wanted), walks = wanted.any && walk_blocks(p) > 0;
+  const int32_t K = (int32_t)p->K, V = (int32_t)p->V;
   const struct {
     stage stage;
     bool wanted;
@@ -171,15 +188,18 @@ fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *
     int64_t blocks;
     int32_t threads, shared; /* shared 0: as the kernel has it */
   } stages[STAGES] = {
-      {FACTORS, some, 0, 2 * rows * p->HV, FKDA_BACKWARD_FACTORS_THREADS, 0},
-      {WALK, wanted.any && walk, 0, walk, FKDA_BACKWARD_WALK_THREADS,
-       FKDA_BACKWARD_WALK_SHARED(K, params.stages)},
-      {GRADIENTS, some && wanted.tokens, V, rows * p->HV, FKDA_BACKWARD_GRADIENTS_THREADS(K), 0},
+      {FACTORS, some, 0, factors_blocks(&driver->devices[p->device_id], params),
+       FKDA_BACKWARD_FACTORS_THREADS, 0},
+      {WALK, walks, 0, walk_blocks(p), FKDA_BACKWARD_WALK_THREADS,
+       FKDA_BACKWARD_WALK_SHARED(K, params->stages)},
+      {GRADIENTS, some && wanted.tokens, V, params->rows * p->HV,
+       FKDA_BACKWARD_GRADIENTS_THREADS(K), 0},
       {REDUCE, wanted.parameters, 0, p->HV, FKDA_BACKWARD_REDUCE_THREADS(K), 0},
-      {GROUP, some && wanted.group, 0, rows * p->H, FKDA_BACKWARD_GROUP_THREADS, 0},
+      {GROUP, some && wanted.group, 0, params->rows * p->H, FKDA_BACKWARD_GROUP_THREADS, 0},
   };
-  fkda_cuda_launch launches[STAGES];
+  fkda_cuda_launch launches[1 + STAGES];
   int32_t count = 0;
+  if (first && walks) launches[count++] = *first;
   for (int i = 0; i < STAGES; ++i)
     if (stages[i].wanted)
       launches[count++] = (fkda_cuda_launch){
@@ -188,9 +208,18 @@ fkda_status fkda_cuda_backward_launch(const fkda_problem *p, const fkda_plan_t *
           .blocks = (uint32_t)stages[i].blocks,
           .threads = (uint32_t)stages[i].threads,
           .shared = (uint32_t)stages[i].shared,
-          .params = &params,
+          .params = params,
       };
   return fkda_cuda_launch_all(driver, p->device_id, p->stream, launches, count);
+}
+
+fkda_status fkda_cuda_backward_launch(const fkda_problem *p) {
+  char reason[FKDA_REASON_CAPACITY];
+  const fkda_cuda_driver *driver = fkda_cuda_driver_get(reason, sizeof reason);
+  if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
+  fkda_portable_backward_params params =
+      fkda_cuda_backward_params(&driver->devices[p->device_id], p);
+  return fkda_cuda_backward_launch_all(driver, &params, NULL);
 }
 
 fkda_status fkda_cuda_backward_warmup(int32_t device_id) {

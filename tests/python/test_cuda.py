@@ -174,7 +174,7 @@ class Gradients(Call):
 
 def test_plan_and_support(backend):
     call = Call(problem(K=128, V=128))
-    assert call.backend() == backend
+    assert call.backend() == backend and Gradients(call.p).backend() == backend
     assert ("sm90" in BACKENDS) == (torch.cuda.get_device_capability() == (9, 0))
     names = dict(zip("qkvg", call.inputs), beta=call.inputs[4])
     assert flash_kda.supports(**names) == (True, "")
@@ -243,6 +243,39 @@ def test_backward_of_one_input(name):
     every = Gradients(p).run().results()
     one = Gradients(p, wanted=[name]).run()
     assert list(one.results()) == [name] and one.matches(every)
+
+
+def equal_keys(p, head):
+    """U telescopes (docs/kernels/backward_portable.md): the row sm90 leaves such a head to portable's kernels."""
+    group = p.v.shape[2] // p.k.shape[2]
+    heads = slice(group * head, group * (head + 1))
+    p.k[:, :, head] = p.k[:, :1, head]
+    if p.options.get("gate") == "direct":
+        p.g[:, :, heads] = 0
+    else:
+        p.g[:, :, heads] -= 12
+    p.beta[:, :, heads] += 4
+    return heads
+
+
+@pytest.mark.parametrize("gate", ["bounded", "direct"])
+def test_backward_of_heads_of_equal_keys(gate):
+    """Among others, which they do not disturb; whichever row does them, with the same bits."""
+    p = problem(lens=[70, 0, 130, 33], H=3, HV=6, K=128, V=128, gate=gate)
+    before = Gradients(p).run().results()
+    heads = equal_keys(p, 1)
+    call = Gradients(p).run()
+    found = call.results()
+    gold = call.gold()
+    for n, x in found.items():
+        assert error(x.cpu(), gold[n]) <= COLLINEAR_TOLERANCE, n
+    portable = Gradients(p).run(backend="portable").results()
+    assert same_bits(found["initial_state"][:, heads], portable["initial_state"][:, heads])
+    for n in ("v", "g", "beta"):
+        assert same_bits(found[n][:, :, heads], portable[n][:, :, heads]), n
+        assert not same_bits(found[n][:, :, heads], before[n][:, :, heads]), n
+        for others in (slice(0, heads.start), slice(heads.stop, None)):
+            assert same_bits(found[n][:, :, others], before[n][:, :, others]), n
 
 
 class OnDevice:
@@ -383,12 +416,13 @@ def test_strided_and_misaligned_inputs_give_the_same_bits(backend):
         check(call, backend)
 
 
-def test_backward_of_strided_and_misaligned_tensors():
+def test_backward_of_strided_and_misaligned_tensors(backend):
     """The bits of contiguous ones on the same backend; gaps and rows around them stay as they are."""
     p = problem(B=2, T=77, H=3, HV=6, K=128, V=64)
-    expected = {"portable": Gradients(p).run(backend="portable").results()}
+    expected = {name: Gradients(p).run(backend=name).results() for name in BACKENDS}
 
-    def check(call):
+    def check(call, *backends):
+        assert call.backend() in backends
         call.run()
         torch.cuda.synchronize()
         assert call.matches(expected[call.backend()])
@@ -412,11 +446,11 @@ def test_backward_of_strided_and_misaligned_tensors():
         setattr(odd, name, shifted(getattr(odd, name)))
     odd.d = {n: shifted(x) for n, x in odd.d.items()}
     assert odd.inputs[0].data_ptr() % 16
-    check(odd)
+    check(odd, "portable")
     gaps = Gradients(p)
     gaps.inputs, gaps.d_out = [padded(x) for x in gaps.inputs], padded(gaps.d_out)
     gaps.d = {n: padded(x) if n in GRADIENTS[:5] else x for n, x in gaps.d.items()}
-    check(gaps)
+    check(gaps, backend)
     for n, x in gaps.d.items():
         if n in GRADIENTS[:5]:
             assert int(torch.isnan(x._base).sum()) == x._base.numel() - x.numel(), n
@@ -427,7 +461,7 @@ def test_backward_of_strided_and_misaligned_tensors():
 
     major.inputs, major.d_out = [turn(x) for x in major.inputs], turn(major.d_out)
     major.d = {n: turn(x) if n in GRADIENTS[:5] else x for n, x in major.d.items()}
-    check(major)
+    check(major, backend)
 
 
 def test_backward_workspace():
@@ -926,13 +960,17 @@ def test_device_that_is_not_current():
 # ---- determinism, size, speed ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["prefill", "decode", "backward"])
-def test_1000_repetitions_on_a_busy_gpu(op):
+@pytest.mark.parametrize("op", ["prefill", "decode", "backward", "backward_of_equal_keys"])
+def test_1000_repetitions_on_a_busy_gpu(op, record_property):
+    gradients = op.startswith("backward")
     if op == "prefill":
         call = Call(problem(lens=[300, 0, 64, 17, 130], H=8, K=128, V=128))
         run = call.run
-    elif op == "backward":
-        call = Gradients(problem(lens=[300, 0, 64, 17, 130], H=4, HV=8, K=128, V=128))
+    elif gradients:
+        p = problem(lens=[300, 0, 64, 17, 130], H=4, HV=8, K=128, V=128)
+        if op == "backward_of_equal_keys":
+            equal_keys(p, 1)
+        call = Gradients(p)
         run = call.run
     else:
         call = Call(problem(B=32, T=2, H=8, K=128, V=128))
@@ -946,7 +984,7 @@ def test_1000_repetitions_on_a_busy_gpu(op):
     run()
     expected = call.results()
     results = (call.out, call.final)
-    if op == "backward":
+    if gradients:
         expected, results = expected.values(), call.d.values()
     wanted = [raw(x) for x in expected]
     other = torch.cuda.Stream()
@@ -958,13 +996,15 @@ def test_1000_repetitions_on_a_busy_gpu(op):
         if i % 4 == 0:
             with torch.cuda.stream(other):
                 torch.mm(busy, busy, out=sink)
-        if op == "backward":
+        if gradients:
             call.poison()
         call.out.fill_(torch.nan)
         run()
         for x, y in zip(results, wanted):
             differing += (raw(x) != y).any()
     torch.cuda.synchronize()
+    name = "portable" if op == "decode" else call.backend()
+    record_property(f"differing_of_1000_{op}_{name}", differing.item())
     assert differing.item() == 0
 
 

@@ -29,8 +29,9 @@ def logs(tmp_path):
     cases = [
         {"name": "a", "results": results("")},
         {"name": "b", "results": results(REFUSAL + "k: data 0x7f8a02, expected a multiple of 16")},
-        {"name": "c", "results": results(REFUSAL + "has kernels for prefill only")},
-        {"name": "d", "results": results(*2 * ["K = 96, V = 64, expected each 64 or 128"])},
+        {"name": "c", "results": results(REFUSAL + "has kernels for prefill and backward only")},
+        {"name": "d", "results": results(REFUSAL + "d_out: absent, expected bfloat16")},
+        {"name": "e", "results": results(*2 * ["K = 96, V = 64, expected each 64 or 128"])},
     ]
     ranges = [
         {"backend": name, "range": "weak", "half_out": 4e-3, "half_state": 2e-3}
@@ -76,12 +77,13 @@ def summarise(logs, monkeypatch):
 def test_all_is_well(logs, monkeypatch):
     status, summary = summarise(logs, monkeypatch)
     assert status == 0
-    assert (summary["cases"], summary["passed"], summary["failed"], summary["skipped"]) == (8, 4, 0, 4)
+    assert (summary["cases"], summary["passed"], summary["failed"], summary["skipped"]) == (10, 5, 0, 5)
     sm90, portable = (summary["backends"][name] for name in ("sm90", "portable"))
-    assert sm90["passed"] == 1 and portable["passed"] == 3
+    assert sm90["passed"] == 1 and portable["passed"] == 4
     assert sm90["skipped_because"] == {
         "data, expected a multiple of 16": 1,
-        "has kernels for prefill only": 1,
+        "has kernels for prefill and backward only": 1,
+        "d_out: absent, expected bfloat16": 1,
         "K, V, expected each 64 or 128": 1,
     }
     assert sm90["errors_by_gate"] == [{"range": "weak", "out": 4e-3, "state": 2e-3}]
@@ -98,7 +100,7 @@ def test_all_is_well(logs, monkeypatch):
         ("check", 0, "sm90", dict(verdict="fail", message="error 1")),
         ("check", 0, "sm90", dict(verdict="skip", message=REFUSAL + "has no kernel yet for K = 64")),
         ("check", 1, "portable", dict(verdict="skip", message="k: data 0x1, expected a multiple of 16")),
-        ("memcheck", 2, "portable", dict(verdict="skip", message="has kernels for prefill only")),
+        ("memcheck", 2, "portable", dict(verdict="skip", message="has kernels for prefill and backward only")),
         ("racecheck", 0, "sm90", dict(verdict="fail", message="error 1")),
     ],
 )

@@ -126,6 +126,7 @@ struct alignas(16) Task {
   int32_t length, chunks;         /* tokens; chunks of them */
   int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
   bool skip, load_initial;
+  bool backward; /* a walk of the backward: from the last chunk to the first */
 };
 
 /* First element of a tensor's row for token t of the sequence. */
@@ -142,6 +143,7 @@ __device__ inline Task make_task(const fkda_problem &p, int64_t n, int head, int
                                  int chunk) {
   Task task;
   task.n = n;
+  task.backward = false;
   task.head = head;
   task.qk_head = (int64_t)head * p.H / p.HV;
   task.v_begin = part * columns;

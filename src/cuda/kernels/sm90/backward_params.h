@@ -34,4 +34,13 @@ typedef struct fkda_sm90_backward_params {
 
 /* Threads and shared memory as the prefill kernels have them. */
 
+/* The workspace: portable's, a multiple of 16 bytes, and behind it the flags of `redo`. All of a head's are written, 0
+ * for tasks that there are not (one direction only, V whole). */
+FKDA_HOST_DEVICE static inline int64_t fkda_sm90_backward_workspace(int64_t B, int64_t T, int64_t N,
+                                                                    int64_t HV, int64_t K,
+                                                                    int64_t V) {
+  return fkda_portable_backward_workspace(B, T, N, HV, K, V) +
+         N * HV * FKDA_BACKWARD_REDO * (int64_t)sizeof(uint32_t);
+}
+
 #endif

@@ -17,10 +17,13 @@ __device__ __forceinline__ void group_sync(int group) {
  * chunk's first half. A thread owns two channels and one half; it walks away from the anchor, so that its sum
  * of gates is the exponent: 15, 14, .. 0 before the anchor (without the token's own gate), 16, 17, .. 31
  * behind it (with it). Row 15 ^ t or 16 ^ t is token t of the walk, so that all its addresses are one
- * address xor a constant, and the two rows that a warp touches at once lie in different banks. */
-template <class S, int MODE>
+ * address xor a constant, and the two rows that a warp touches at once lie in different banks. `norm` of walks: that of
+ * the lane's token, which goes into Q'. */
+enum Queries { NO_QUERIES, QUERIES, QUERIES_WITH_NORM };
+template <class S, int MODE, Queries WITH>
 __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane,
-                                               const Gate (&gate)[2], float (&sum)[2]) {
+                                               const Gate (&gate)[2], float (&sum)[2],
+                                               float norm = 1) {
   const bool behind = lane >> 4;
   const int column = 32 * (warp & 1) + 2 * (lane & 15);
   uint32_t at = slot + (warp >> 1) * S::SLICE + in_tile(behind ? 16 : 15, column);
@@ -38,7 +41,7 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
 #pragma unroll
     for (int t = 0; t < BATCH; ++t) {
       k[t] = load_shared((at ^ (t * 144)) + SLICE_K);
-      q[t] = load_shared((at ^ (t * 144)) + SLICE_Q);
+      if (WITH != NO_QUERIES) q[t] = load_shared((at ^ (t * 144)) + SLICE_Q);
       if (S::GATE_BYTES == 2)
         g[t] = load_shared((at ^ (t * 144)) + SLICE_G);
       else
@@ -56,7 +59,13 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
       const float f0 = exp2_approx(-D0), f1 = exp2_approx(-D1);
       const float k0 = low_of(k[t]), k1 = high_of(k[t]);
       store_shared((at ^ (t * 144)) + SLICE_K, pack(k0 * e0, k1 * e1));
-      store_shared((at ^ (t * 144)) + SLICE_Q, pack(low_of(q[t]) * e0, high_of(q[t]) * e1));
+      if (WITH == QUERIES)
+        store_shared((at ^ (t * 144)) + SLICE_Q, pack(low_of(q[t]) * e0, high_of(q[t]) * e1));
+      if (WITH == QUERIES_WITH_NORM) {
+        const float r = __shfl_sync(0xffffffffu, norm, (behind ? 16 : 15) ^ (i + t));
+        store_shared((at ^ (t * 144)) + SLICE_Q,
+                     pack(low_of(q[t]) * (e0 * r), high_of(q[t]) * (e1 * r)));
+      }
       store_shared((at ^ (t * 144)) + SLICE_G, pack(k0 * f0, k1 * f1));
     }
     const int next = in_tile(i ^ (i + BATCH), 0); /* bits of row and place alike */
@@ -135,12 +144,12 @@ __device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot
  * its halves, which the state is decayed to before it takes them. Every pass overwrites k and q, so that the copy engine
  * brings them anew. `sums`: what the thread's channels decay by in its half, `first_half` in the first. Registers are
  * short: own[128 e] is the thread's accumulator e. */
-template <class S>
-__device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params, Shared<S> &shared,
+template <class S, class Params>
+__device__ __forceinline__ void factors_by_levels(const Params &params, Shared<S> &shared,
                                                   const Task &task, int begin, int stage,
                                                   const Gate (&gate)[2], const float *sums,
                                                   const float *first_half, float *own) {
-  const fkda_problem &p = params.problem;
+  const fkda_problem &p = problem_of(params);
   const auto group = [] { return fresh_warp() / 4 - S::STATE_GROUPS; };
   const auto channel_of = [] { return 32 * (fresh_warp() & 3) + 2 * (fresh_lane() & 15); };
   const auto half_of_thread = [] { return fresh_lane() >> 4 << 4; }; /* its first row */
@@ -231,9 +240,35 @@ __device__ __forceinline__ void factors_by_levels(const fkda_sm90_params &params
   }
 }
 
+/* scale/|q| (1) or scale of a token of walks. */
 template <class S>
-__device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
-  const fkda_problem &p = params.problem;
+__device__ __forceinline__ float norm_of(const fkda_problem &p,
+                                         const typename Shared<S>::Tokens &tokens, int token) {
+  float squared = (float)FKDA_L2NORM_EPS;
+#pragma unroll
+  for (int slice = 0; slice < S::SLICES; ++slice) squared += tokens.square[slice][token];
+  return p.l2norm ? (float)p.scale * rsqrtf(squared) : (float)p.scale;
+}
+
+/* (2), (8) of a slot, whatever the gate. */
+template <class S, Queries WITH>
+__device__ __forceinline__ void decay_operands(const fkda_problem &p, uint32_t slot, int warp,
+                                               int lane, const Gate (&gate)[2], float (&sum)[2],
+                                               float norm = 1) {
+  if (S::BOUNDED)
+    decay_operands<S, FKDA_GATE_BOUNDED, WITH>(slot, warp, lane, gate, sum, norm);
+  else if (p.gate == FKDA_GATE_SOFTPLUS)
+    decay_operands<S, FKDA_GATE_SOFTPLUS, WITH>(slot, warp, lane, gate, sum, norm);
+  else
+    decay_operands<S, FKDA_GATE_DIRECT, WITH>(slot, warp, lane, gate, sum, norm);
+}
+
+/* A token with beta 0 loses what (10) computes for it, of which the gradient by beta is made; with this one nobody sees it. */
+constexpr float LEAST_BETA = 0x1p-60f;
+
+template <class S, class Params>
+__device__ void run_factors(const Params &params, Shared<S> &shared) {
+  const fkda_problem &p = problem_of(params);
   const int first = threadIdx.x / 128 - S::STATE_GROUPS;
   Ring<S::SLOTS> ring;
   ring.next(first);
@@ -258,13 +293,14 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
     const int mode = S::BOUNDED ? FKDA_GATE_BOUNDED : p.gate;
     const Gate gate[2] = {{p, mode, exp_A, bias[0]}, {p, mode, exp_A, bias[1]}};
     /* A lane of warp 2 has a token's beta, loaded a turn ahead: it comes from device memory. */
-    const auto load_beta = [&](int t) -> uint32_t {
-      if (t >= task.length) return 0;
+    const auto load_beta = [&](int which) -> uint32_t {
+      const int t = place_of<S>(task, which) * CHUNK + fresh_lane();
+      if (t >= task.length || (S::WALK && t < 0)) return 0;
       const int64_t i = first_row(p.beta, task, fresh(task.head)) + (int64_t)t * p.beta.stride_t;
       return p.beta.dtype == FKDA_F32 ? static_cast<const uint32_t *>(p.beta.data)[i]
                                       : static_cast<const uint16_t *>(p.beta.data)[i];
     };
-    uint32_t raw_beta = (fresh_warp() & 3) == 2 ? load_beta(chunk * CHUNK + fresh_lane()) : 0;
+    uint32_t raw_beta = (fresh_warp() & 3) == 2 ? load_beta(chunk) : 0;
 
 #pragma unroll 1
     for (; chunk < task.chunks;
@@ -272,25 +308,29 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
       float square[16], sum[2] = {0, 0};
       bool by_levels = false;
       { /* what it needs is alive no longer than this: registers are short where chunks go by levels */
-        const int left = task.length - chunk * CHUNK;
+        const int left = task.length - place_of<S>(task, chunk) * CHUNK;
         const int warp = fresh_warp() & 3, lane = fresh_lane();
         const int group = fresh_warp() / 4 - S::STATE_GROUPS;
         typename Shared<S>::Tokens &tokens = shared.tokens[group][count / S::FACTOR_GROUPS & 1];
         if (warp == 2) {
           float beta = __uint_as_float(p.beta.dtype == FKDA_F32 ? raw_beta : raw_beta << 16);
           if (p.beta_is_logit) beta = (p.allow_neg_eigval ? 2.0f : 1.0f) * sigmoid(beta);
-          tokens.beta[lane] = lane < left ? beta : 0;
-          raw_beta = load_beta((chunk + S::FACTOR_GROUPS) * CHUNK + lane);
+          if (lane >= left) beta = 0;
+          if (S::WALK && fabsf(beta) < LEAST_BETA) beta = copysignf(LEAST_BETA, beta);
+          tokens.beta[lane] = beta;
+          raw_beta = load_beta(chunk + S::FACTOR_GROUPS);
         }
         wait(shared.slot_full[ring.stage], ring.parity);
         const Ring<S::HANDOVERS> out = place_in<S::HANDOVERS>(ring);
         const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
         typename Shared<S>::Handover &to = shared.handover[out.stage];
         if (left < CHUNK) {
-          clear_rows<S>(shared.slots[ring.stage], left, p.gate == FKDA_GATE_DIRECT);
+          clear_rows<S>(shared.slots[ring.stage], S::WALK && left < 0 ? 0 : left,
+                        p.gate == FKDA_GATE_DIRECT);
           group_sync(group);
         }
-        if (warp / 2 < S::SLICES) {
+        const bool queries = has_queries<S>(task);
+        if (queries && warp / 2 < S::SLICES) {
           const int row = 16 * (warp & 1);
           float square[2], product[2];
           square_rows(slot + warp / 2 * S::SLICE + (lane & 8 ? SLICE_K : SLICE_Q) +
@@ -303,15 +343,16 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
               tokens.product[warp / 2][row + (lane >> 2) + 8 * h] = product[h];
             }
         }
-        group_sync(group); /* q and k have been read */
+        if (queries) group_sync(group); /* q and k have been read */
         const bool active = 32 * warp < S::K;
         if (active) {
-          if (S::BOUNDED)
-            decay_operands<S, FKDA_GATE_BOUNDED>(slot, warp, lane, gate, sum);
-          else if (p.gate == FKDA_GATE_SOFTPLUS)
-            decay_operands<S, FKDA_GATE_SOFTPLUS>(slot, warp, lane, gate, sum);
+          if (!S::WALK)
+            decay_operands<S, QUERIES>(p, slot, warp, lane, gate, sum);
+          else if (queries)
+            decay_operands<S, QUERIES_WITH_NORM>(p, slot, warp, lane, gate, sum,
+                                                 norm_of<S>(p, tokens, lane));
           else
-            decay_operands<S, FKDA_GATE_DIRECT>(slot, warp, lane, gate, sum);
+            decay_operands<S, NO_QUERIES>(p, slot, warp, lane, gate, sum);
           if (lane < 16) sum[0] = -sum[0], sum[1] = -sum[1];
         }
         fence_async();
@@ -322,7 +363,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
           const float shift = lane < 16 ? -SHIFT : SHIFT;
           by_levels = group_sync_or(group, active && !(sum[0] - shift >= -ANCHOR_RANGE &&
                                                        sum[1] - shift >= -ANCHOR_RANGE));
-          if (by_levels) {
+          if (!S::WALK && by_levels) {
             if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
             float *sums =
                 &(lane < 16 ? to.first_half : to.second_half)[32 * warp + 2 * (lane & 15)];
@@ -353,21 +394,25 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
         const int channel = 32 * warp + 2 * (lane & 15);
         const float2 decay = make_float2(exp2_approx(sum[0]), exp2_approx(sum[1]));
         float *decays = lane < 16 ? to.to_anchor : to.to_end;
-        *reinterpret_cast<float2 *>(&decays[channel]) = by_levels ? make_float2(1, 1) : decay;
-        if (!S::BOUNDED && by_levels)
+        *reinterpret_cast<float2 *>(&decays[channel]) =
+            !S::WALK && by_levels ? make_float2(1, 1) : decay;
+        if (!S::WALK && !S::BOUNDED && by_levels)
           *reinterpret_cast<float2 *>(&(lane < 16 ? to.first_half : to.second_half)[channel]) =
               decay;
       }
-      {
+      if (!S::WALK) {
         const float least = lane < 16 || !active || by_levels ? 0 : fminf(sum[0], sum[1]);
         const int reach = __reduce_max_sync(0xffffffffu, __float_as_int(fmaxf(-least, 0)));
         if (lane == 0) to.reach[warp] = __int_as_float(reach);
-        if (!S::BOUNDED && threadIdx.x % 128 == 0) to.by_levels = by_levels;
       }
+      if (!S::BOUNDED && threadIdx.x % 128 == 0) to.by_levels = by_levels;
       const uint32_t system = count % S::SYSTEMS, turn = count / S::SYSTEMS;
       if (turn) wait(shared.L_free[system], (turn & 1) ^ 1);
+      if (S::WALK && warp == 3 && has_queries<S>(task))
+        to.norm_q[lane] = norm_of<S>(p, tokens, lane);
       if (warp >= 2)
-        arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]); /* the solver needs its reach */
+        arrive_warp(
+            shared.L_full[count % S::SYSTEM_TURNS]); /* the solver needs its reach, or norms */
       if (S::BOUNDED) {
         cute::warpgroup_wait<0>();
         fence(square);
@@ -401,7 +446,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
                   make_float2(row * square[4 * n + 2 * h], row * square[4 * n + 2 * h + 1]);
           }
         }
-        if (warp == 1) {
+        if (!S::WALK && warp == 1) {
           float cosine = 0; /* times beta: of rows 16-31 with columns 0-15 */
 #pragma unroll
           for (int i = 0; i < 8; ++i)
@@ -412,8 +457,8 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
           if (lane == 0) to.collinear = any + throughout;
         }
         arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]);
-      } else { /* P = lower(Q' K^^T) */
-        if (warp == 3) {
+      } else if (has_queries<S>(task)) { /* P = lower(Q' K^^T) */
+        if (!S::WALK && warp == 3) {
           const float scale = (float)p.scale;
           float squared = (float)FKDA_L2NORM_EPS;
 #pragma unroll
@@ -436,6 +481,7 @@ __device__ void run_factors(const fkda_sm90_params &params, Shared<S> &shared) {
             float product = 0;
 #pragma unroll
             for (int slice = 0; slice < S::SLICES; ++slice) product += tokens.product[slice][i];
+            if (S::WALK) product *= norm_of<S>(p, tokens, i);
             *reinterpret_cast<bf16 *>(to.P + in_square(i, i)) = __float2bfloat16_rn(product);
           }
         }

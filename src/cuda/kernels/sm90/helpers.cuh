@@ -41,8 +41,8 @@ __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &share
   return task;
 }
 
-template <class S>
-__device__ void run_loader(const fkda_sm90_params &params, Shared<S> &shared) {
+template <class S, class Params>
+__device__ void run_loader(const Params &params, Shared<S> &shared) {
   if (fresh_lane() != 0) return;
   Ring<S::SLOTS> ring;
   int count = 0;
@@ -50,24 +50,26 @@ __device__ void run_loader(const fkda_sm90_params &params, Shared<S> &shared) {
   for (int i = 0;; ++i) {
     Task &task = shared.tasks[i % TASKS];
     if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
-    task = deal_task(params, shared, i);
+    task = deal_task<S>(params, shared, i);
     arrive(shared.task_full[i % TASKS]);
     if (task.n < 0) break;
     const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
-    int64_t token = task.begin;
+    const bool queries = has_queries<S>(task);
+    int64_t token = task.begin + place_of<S>(task, 0) * CHUNK;
+    const int step = S::WALK && task.backward ? -CHUNK : CHUNK;
 #pragma unroll 1
-    for (int left = task.chunks; left > 0; --left, ring.next(), token += CHUNK) {
+    for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
       const Barrier &full = shared.slot_full[ring.stage];
       if (count < S::SLOTS)
         ++count;
       else
         wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
-      full.arrive_and_expect_tx(S::GATE_BYTES == 2 ? S::SLOT : S::SLICES * 4 * TILE);
+      full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
       char *slot = shared.slots[ring.stage];
 #pragma unroll
       for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
         load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
-        load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
+        if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
         if (S::GATE_BYTES == 2) {
           load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
         } else {
@@ -79,18 +81,26 @@ __device__ void run_loader(const fkda_sm90_params &params, Shared<S> &shared) {
   }
 }
 
-/* ---- one warp for v in and, from its place, o out --------------------------------------------------------- */
+/* ---- one warp for v in and, from its place, o out; for walks, forward: v, backward: d_out, d_v ------------- */
 
-template <class S>
+__device__ __forceinline__ const fkda_tensor_map &map_in(const fkda_sm90_params &x, const Task &) {
+  return x.v;
+}
+__device__ __forceinline__ const fkda_tensor_map &map_out(const fkda_sm90_params &x) {
+  return x.out;
+}
+__device__ __forceinline__ const fkda_rows &rows_out(const fkda_sm90_params &x) {
+  return x.problem.out;
+}
+template <class S, class Params>
 struct ValueMover {
-  const fkda_sm90_params &params;
+  const Params &params;
   Shared<S> &shared;
   int in_task = -1, in_chunk = 0, in_count = 0,
       in_chunks = 0; /* the next v to load, among all of the block */
   int out_count = 0; /* chunks whose o is on its way */
 
-  __device__ ValueMover(const fkda_sm90_params &params, Shared<S> &shared)
-      : params(params), shared(shared) {}
+  __device__ ValueMover(const Params &params, Shared<S> &shared) : params(params), shared(shared) {}
 
   /* Loads v for every place that is free: all but the last store have been read. Goes on to tasks that are
    * published, and waits for none. */
@@ -110,8 +120,9 @@ struct ValueMover {
         full.arrive_and_expect_tx(S::VALUE);
 #pragma unroll
         for (int i = 0; i < S::STATE_GROUPS; ++i)
-          load_box(params.v, full, shared.values[stage] + i * TILE, task.v_begin + 64 * i,
-                   task.begin + in_chunk * CHUNK, task.head, task.b);
+          load_box(map_in(params, task), full, shared.values[stage] + i * TILE,
+                   task.v_begin + 64 * i, task.begin + place_of<S>(task, in_chunk) * CHUNK,
+                   task.head, task.b);
       }
       ++in_chunk, ++in_count;
     }
@@ -124,12 +135,12 @@ struct ValueMover {
       if (fresh_lane() == 0) {
 #pragma unroll
         for (int i = 0; i < S::STATE_GROUPS; ++i)
-          cute::SM90_TMA_STORE_4D::copy(&params.out, tiles + i * TILE, task.v_begin + 64 * i,
+          cute::SM90_TMA_STORE_4D::copy(&map_out(params), tiles + i * TILE, task.v_begin + 64 * i,
                                         (int32_t)(task.begin + chunk * CHUNK), task.head,
                                         (int32_t)task.b);
       }
     } else { /* the rows behind belong to another sequence */
-      const fkda_rows &rows = params.problem.out;
+      const fkda_rows &rows = rows_out(params);
       bf16 *to = static_cast<bf16 *>(rows.data) + first_row(rows, task, task.head) +
                  (int64_t)chunk * CHUNK * rows.stride_t + task.v_begin;
 #pragma unroll 1
@@ -151,7 +162,8 @@ struct ValueMover {
       for (int chunk = 0; chunk < task.chunks; ++chunk) {
         load();
         wait_idly(shared.value_out[out_count % S::VALUES], out_count / S::VALUES & 1);
-        store(task, chunk);
+        if (!S::WALK || (task.backward && rows_out(params).data))
+          store(task, place_of<S>(task, chunk));
         ++out_count;
         if (fresh_lane() == 0) {
           cute::tma_store_arrive();
@@ -164,15 +176,15 @@ struct ValueMover {
   }
 };
 
-template <class S>
-__device__ __forceinline__ void run_helpers(const fkda_sm90_params &params, Shared<S> &shared) {
+template <class S, class Params>
+__device__ __forceinline__ void run_helpers(const Params &params, Shared<S> &shared) {
   const int warp = threadIdx.x / 32 & 3;
   if (warp < SOLVERS)
-    solve<S>(shared, warp);
+    solve<S, Params>(params, shared, warp);
   else if (warp == SOLVERS)
-    run_loader<S>(params, shared);
+    run_loader<S, Params>(params, shared);
   else
-    ValueMover<S>(params, shared).run();
+    ValueMover<S, Params>(params, shared).run();
 }
 
 }  // namespace fkda

@@ -26,9 +26,6 @@
 
 namespace fkda {
 
-constexpr int ALIGNMENT = 2048; /* of the slots: a walk's xor reaches bit 10 */
-constexpr int ALIGNED = 1024;   /* `memory` is already */
-
 constexpr int TASK_COST =
     3; /* chunks: what reading and writing a state takes beside the work on a chunk */
 
@@ -156,39 +153,7 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
 
 template <class S>
 __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
-  extern __shared__ __align__(1024) char memory[];
-  Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory + (-address(memory) & (ALIGNMENT - 1)));
-  static_assert(sizeof(shared.slots[0]) % ALIGNMENT == 0 && sizeof(shared.handover[0]) % 512 == 0,
-                "alignment");
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::SLOTS; ++i) {
-      shared.slot_full[i].init(1);
-      init_warps(shared.slot_free[i], S::STATE_WARPS);
-    }
-    for (int i = 0; i < S::VALUES; ++i) {
-      shared.value_full[i].init(1);
-      init_warps(shared.value_out[i], S::STATE_WARPS);
-    }
-    for (int i = 0; i < S::HANDOVERS; ++i) {
-      init_warps(shared.handover_full[i], 4 + 1);
-      init_warps(shared.handover_free[i], S::STATE_WARPS);
-    }
-    if (!S::BOUNDED)
-      for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);
-    for (int i = 0; i < S::SYSTEM_TURNS; ++i) init_warps(shared.L_full[i], 4);
-    for (int i = 0; i < S::SYSTEMS; ++i) init_warps(shared.L_free[i], 1);
-    for (int i = 0; i < TASKS; ++i) {
-      shared.task_full[i].init(1);
-      init_warps(shared.task_free[i], S::CONSUMER_WARPS);
-    }
-    cutlass::arch::fence_barrier_init();
-    fence_async();
-  }
-  for (int i = threadIdx.x; i < S::HANDOVERS * 2 * SQUARE / 16;
-       i += S::THREADS) { /* above T's diagonal */
-    typename Shared<S>::Handover &to = shared.handover[i / (2 * SQUARE / 16)];
-    reinterpret_cast<uint4 *>(to.T_high)[i % (2 * SQUARE / 16)] = make_uint4(0, 0, 0, 0);
-  }
+  Shared<S> &shared = start_block<S>();
   deal_sequences(params, shared);
   fence_async();
   __syncthreads();

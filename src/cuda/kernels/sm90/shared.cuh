@@ -1,4 +1,4 @@
-/* Shared memory of an sm90 prefill block: what lies where, and who hands what to whom.
+/* Shared memory of an sm90 block, of the prefill or of the backward's walks: what lies where, and who hands what to whom.
  *
  *   ring      stages  filled by            drained by
  *   slots     SLOTS   copy engine: q k g   a factor group in place, then state groups
@@ -37,12 +37,14 @@ constexpr float SHIFT = 4;
 constexpr float ANCHOR_RANGE = 108.5f;
 constexpr int SOLVERS = 2; /* warps, on alternate chunks */
 
-template <int K_, int V_, int GATE_BYTES_, bool BOUNDED_>
+/* WALK: of the backward's walks. */
+template <int K_, int V_, int GATE_BYTES_, bool BOUNDED_, bool WALK_ = false>
 struct Shape {
   static constexpr int K = K_, V = V_;           /* V: value columns of the block */
   static constexpr int GATE_BYTES = GATE_BYTES_; /* of an element of g: 2 or 4 */
   static constexpr bool BOUNDED = BOUNDED_;      /* does the gate stay within the anchor's range? */
-  static constexpr int STATE_GROUPS = V / 64;    /* warpgroups */
+  static constexpr bool WALK = WALK_;
+  static constexpr int STATE_GROUPS = V / 64; /* warpgroups */
   static constexpr int FACTOR_GROUPS = STATE_GROUPS == 2 ? 2 : 3;
   static constexpr int THREADS = 128 * (STATE_GROUPS + FACTOR_GROUPS + 1);
   static constexpr int FIRST_FACTOR = 128 * STATE_GROUPS;
@@ -90,9 +92,10 @@ struct Shared {
     float first_half[S::BOUNDED ? 0 : S::K],
         second_half[S::BOUNDED ? 0 : S::K]; /* these two there */
     float norm_k[CHUNK], norm_q[CHUNK];     /* r, and scale/|q| (1) or scale */
-    float column[CHUNK];                    /* r beta */
-    float reach[4];     /* of each factor warp: the largest exponent of K^, log2 */
-    uint32_t collinear; /* are keys of the two halves nearly parallel? 1: some, 2: most */
+    float column[CHUNK];                    /* r beta; in walks in the end 1 / (r beta) */
+    float reach[4]; /* of each factor warp: the largest exponent of K^, log2 */
+    uint32_t
+        collinear; /* are keys of the two halves nearly parallel? 1: some, 2: most; walks: of neighbours */
     float guard;        /* a v of more than |guard| may overflow; negative: collinear */
     uint32_t by_levels; /* are its gates too strong for one anchor? */
     float unused[25];   /* squares begin at multiples of 512 bytes */
@@ -214,12 +217,70 @@ __device__ __forceinline__ void store_shared(uint32_t at, uint32_t a, uint32_t b
 /* Tells the compiler that a warp has one value: addresses of tensor operands then live in uniform registers. */
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+/* Of walks: walk_params.cuh. */
+__device__ __forceinline__ const fkda_problem &problem_of(const fkda_sm90_params &x) {
+  return x.problem;
+}
+
+/* Which chunk of its task is the i-th to be worked on. */
+template <class S>
+__device__ __forceinline__ int place_of(const Task &task, int i) {
+  return S::WALK && task.backward ? task.chunks - 1 - i : i;
+}
+/* Has it queries? */
+template <class S>
+__device__ __forceinline__ bool has_queries(const Task &task) {
+  return !S::WALK || task.backward;
+}
+
 /* Byte offsets of element (row, column) of bf16. */
 __device__ __forceinline__ int in_tile(int row, int column) {
   return row * 128 + (((column >> 3) ^ (row & 7)) << 4) + (column & 7) * 2;
 }
 __device__ __forceinline__ int in_square(int row, int column) {
   return row * 64 + (((column >> 3) ^ ((row >> 1) & 3)) << 4) + (column & 7) * 2;
+}
+
+constexpr int ALIGNMENT = 2048; /* of the slots: a walk's xor reaches bit 10 */
+constexpr int ALIGNED = 1024;   /* `memory` is already */
+
+/* The block's shared memory, its barriers ready. A __syncthreads() must follow. */
+template <class S>
+__device__ __forceinline__ Shared<S> &start_block() {
+  extern __shared__ __align__(1024) char memory[];
+  Shared<S> &shared = *reinterpret_cast<Shared<S> *>(memory + (-address(memory) & (ALIGNMENT - 1)));
+  static_assert(sizeof(shared.slots[0]) % ALIGNMENT == 0 && sizeof(shared.handover[0]) % 512 == 0,
+                "alignment");
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::SLOTS; ++i) {
+      shared.slot_full[i].init(1);
+      init_warps(shared.slot_free[i], S::STATE_WARPS);
+    }
+    for (int i = 0; i < S::VALUES; ++i) {
+      shared.value_full[i].init(1);
+      init_warps(shared.value_out[i], S::STATE_WARPS);
+    }
+    for (int i = 0; i < S::HANDOVERS; ++i) {
+      init_warps(shared.handover_full[i], 4 + 1);
+      init_warps(shared.handover_free[i], S::STATE_WARPS);
+    }
+    if (!S::BOUNDED)
+      for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);
+    for (int i = 0; i < S::SYSTEM_TURNS; ++i) init_warps(shared.L_full[i], 4);
+    for (int i = 0; i < S::SYSTEMS; ++i) init_warps(shared.L_free[i], 1);
+    for (int i = 0; i < TASKS; ++i) {
+      shared.task_full[i].init(1);
+      init_warps(shared.task_free[i], S::CONSUMER_WARPS);
+    }
+    cutlass::arch::fence_barrier_init();
+    fence_async();
+  }
+  for (int i = threadIdx.x; i < S::HANDOVERS * 2 * SQUARE / 16;
+       i += S::THREADS) { /* above T's diagonal */
+    typename Shared<S>::Handover &to = shared.handover[i / (2 * SQUARE / 16)];
+    reinterpret_cast<uint4 *>(to.T_high)[i % (2 * SQUARE / 16)] = make_uint4(0, 0, 0, 0);
+  }
+  return shared;
 }
 
 }  // namespace fkda

@@ -148,24 +148,59 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
   }
 }
 
+/* Are most keys of a chunk so nearly parallel to the one before that a walk leaves its head to the portable kernels? By their
+ * measure (backward_factors.cu). A lane has a token; L_ij = -w_i k_i k_j, decay included, w = beta r^2. */
+__device__ __forceinline__ bool nearly_parallel(const float (&L)[CHUNK][CHUNK + 4],
+                                                const float *column, const float *norm_k,
+                                                int tokens, int lane) {
+  const int pairs = (tokens < CHUNK ? tokens : CHUNK) - 1;
+  const float strength = -L[lane][lane], product = -L[lane][lane ? lane - 1 : 0];
+  const float w = column[lane] * norm_k[lane], least = 1 - 0.25f * fminf(strength, 1);
+  const float before = __shfl_up_sync(0xffffffffu, strength, 1),
+              w_before = __shfl_up_sync(0xffffffffu, w, 1);
+  /* k_i k_j > least |k_i| |k_j|, squared: p^2 / w^2 > least^2 (strength / w) (before / w_before) */
+  const bool near =
+      lane && lane <= pairs && product * w > 0 &&
+      product * product * fabsf(w_before) > least * least * (strength * w) * fabsf(before);
+  if (4 * __popc(__ballot_sync(0xffffffffu, near)) < 3 * pairs || pairs <= 0) return false;
+  const float norm = norm_k[lane <= pairs ? lane : 0];
+  const uint32_t most = __reduce_max_sync(0xffffffffu, __float_as_uint(norm)),
+                 fewest = __reduce_min_sync(0xffffffffu, __float_as_uint(norm));
+  return __uint_as_float(most) <= 2 * __uint_as_float(fewest);
+}
+
+/* Walks leave norms and beta for later, see walk_params.cuh. */
+template <class S, class Handover>
+__device__ __forceinline__ void keep_in_record(const fkda_sm90_params &, const Task &, int,
+                                               const Handover &, int) {}
 /* A warp: every SOLVERS-th chunk. */
-template <class S>
-__device__ void solve(Shared<S> &shared, int solver) {
-  Ring<S::SLOTS> ring;
-  ring.next(solver);
+template <class S, class Params>
+__device__ void solve(const Params &params, Shared<S> &shared, int solver) {
   int chunk = solver;      /* of its task; may lie beyond it, in the next */
   uint32_t count = solver; /* chunks of the block before this one */
   each_task(shared, [&](const Task &task, int) {
 #pragma unroll 1
-    for (; chunk < task.chunks; chunk += SOLVERS, ring.next(SOLVERS), count += SOLVERS) {
+    for (; chunk < task.chunks; chunk += SOLVERS, count += SOLVERS) {
       const int lane = fresh_lane();
-      const Ring<S::HANDOVERS> out = place_in<S::HANDOVERS>(ring);
+      const int stage = count % S::HANDOVERS;
       const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
       const int turn = S::SYSTEM_TURNS == SOLVERS ? solver : count % S::SYSTEM_TURNS;
       wait_idly(shared.L_full[turn], count / S::SYSTEM_TURNS & 1);
-      typename Shared<S>::Handover &to = shared.handover[out.stage];
+      typename Shared<S>::Handover &to = shared.handover[stage];
+      if (S::WALK) {
+        const int place = place_of<S>(task, chunk);
+        const bool parallel = nearly_parallel(shared.L[system], to.column, to.norm_k,
+                                              task.length - place * CHUNK, lane);
+        if (lane == 0) to.collinear = parallel;
+        keep_in_record<S>(params, task, place, to, lane);
+      }
       invert(shared.L[system], to, lane);
-      if (lane == 0) {
+      if (S::WALK) { /* addresses made anew: registers are short */
+        __syncwarp();
+        float &column = shared.handover[(uint32_t)fresh(count) % S::HANDOVERS].column[fresh_lane()];
+        column = reciprocal(column);
+      }
+      if (!S::WALK && lane == 0) {
         const float4 reach = *reinterpret_cast<const float4 *>(to.reach);
         const float most = fmaxf(fmaxf(reach.x, reach.y), fmaxf(reach.z, reach.w));
         const float limit =
@@ -174,7 +209,7 @@ __device__ void solve(Shared<S> &shared, int solver) {
       }
       fence_async();
       arrive_warp(shared.L_free[system]);
-      arrive_warp(shared.handover_full[out.stage]);
+      arrive_warp(shared.handover_full[S::WALK ? (uint32_t)fresh(count) % S::HANDOVERS : stage]);
     }
     chunk -= task.chunks;
   });

@@ -1,0 +1,71 @@
+/* The backward's walks on Hopper: factors and both directions in one launch; sm_90a.
+ *
+ * A task is one sequence, value head, 64 or 128 value columns and a direction; a block does one after the other. Its roles
+ * are those of the prefill (prefill.cu), whose factor groups and helpers it shares; state groups of its own
+ * (walk.cuh) hold S going forward, its gradient going backward, and leave in the workspace what the gradients' launch reads.
+ * The backward direction has the queries, d_out for v, d_v for o, and leaves the norms and beta; the forward
+ * direction needs no query. */
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cuda/kernels/sm90/walk_params.cuh"
+
+#include "cuda/kernels/sm90/factors.cuh"
+#include "cuda/kernels/sm90/helpers.cuh"
+#include "cuda/kernels/sm90/walk.cuh"
+
+namespace fkda {
+
+/* The block's i-th task; n < 0 if there is none. Backward ones, which take longer, come first. */
+template <class S>
+__device__ Task deal_task(const fkda_sm90_backward_params &params, const Shared<S> &, int64_t i) {
+  const fkda_problem &p = params.backward.problem;
+  const int64_t per_sequence = p.HV * params.value_split, tasks = p.N * per_sequence;
+  int64_t position = dealt_task(i, blockIdx.x, gridDim.x);
+  if (position >= tasks * (params.backward.forward ? 2 : 1)) {
+    Task none;
+    none.n = -1;
+    none.chunks = 0;
+    return none;
+  }
+  const bool backward = position < tasks;
+  if (!backward) position -= tasks;
+  const int64_t n = position / per_sequence;
+  const int within = (int)(position - n * per_sequence), head = within / params.value_split;
+  Task task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
+  task.backward = backward;
+  task.skip = false;
+  task.chunks = 2 * ((task.length + FKDA_BACKWARD_BLOCK - 1) / FKDA_BACKWARD_BLOCK);
+  return task;
+}
+
+template <class S>
+__device__ __forceinline__ void backward_walk(const fkda_sm90_backward_params &params) {
+  Shared<S> &shared = start_block<S>();
+  fence_async();
+  __syncthreads();
+  if (threadIdx.x < S::FIRST_FACTOR) {
+    cutlass::arch::warpgroup_reg_alloc<S::STATE_REGISTERS>();
+    run_walk<S>(params.backward, shared);
+  } else if (threadIdx.x < S::FIRST_HELPER) {
+    cutlass::arch::warpgroup_reg_dealloc<S::FACTOR_REGISTERS>();
+    run_factors<S>(params, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<S::HELPER_REGISTERS>();
+    run_helpers<S>(params, shared);
+  }
+}
+
+}  // namespace fkda
+
+#define FKDA_ENTRY(K, part, bounded, suffix)                                                       \
+  extern "C" __global__ void __launch_bounds__(FKDA_SM90_PREFILL_THREADS, 1)                       \
+      fkda_sm90_backward_walk_k##K##_v##part##suffix(                                              \
+          const __grid_constant__ fkda_sm90_backward_params params) {                              \
+    using S = fkda::Shape<K, part, 2, bounded, true>;                                              \
+    static_assert(S::THREADS == FKDA_SM90_PREFILL_THREADS, "threads");                             \
+    static_assert(                                                                                 \
+        sizeof(fkda::Shared<S>) + fkda::ALIGNMENT - fkda::ALIGNED <= FKDA_SM90_PREFILL_SHARED,     \
+        "shared memory");                                                                          \
+    fkda::backward_walk<S>(params);                                                                \
+  }
+FKDA_SM90_BACKWARD_LIST(FKDA_ENTRY)
