@@ -348,6 +348,9 @@ print(*times)
 """
 
 
+FIRST_STEP_KEYS = ("first_step_parts_ms", "first_step_ms")
+
+
 def first_step_ms():
     """Of a process of its own, from `import flash_kda` to the outputs, and on to the gradients; torch, its
     context and its autograd are there."""
@@ -375,7 +378,10 @@ def forced(backend):
 class Training(bench.Bench):
     def ours(self, shapes):
         for shape in shapes:
-            for backend in self.options.backend or [None]:
+            backends = [None]
+            with self.guarded(shape.name):
+                backends = bench.backends_of(shape, self.clock, self.options.backend, Step)
+            for backend in backends:
                 with self.guarded(shape.name), forced(backend):
                     self.rows_of(shape, backend)
                 self.release()
@@ -395,6 +401,11 @@ class Training(bench.Bench):
         self.earlier = record["rows"]
         self.head["continued"] = [*record.get("continued", []), record["date"]]
         self.head["versions"] = {**record["versions"], **self.head["versions"]}
+        self.head |= {name: record[name] for name in FIRST_STEP_KEYS if name in record}
+
+    def add_first_step(self):
+        parts = first_step_ms()
+        self.head |= dict(zip(FIRST_STEP_KEYS, (parts, sum(parts.values()))))
 
     def record(self, op=None):
         """With what the run that this one continues had and this one has not come to yet."""
@@ -571,10 +582,9 @@ def run(clock, shapes, options):
     training = Training(clock, options)
     if options.go_on:
         training.go_on_from(options.json)
-    if clock.device.type == "cuda":
+    if clock.device.type == "cuda" and not all(name in training.head for name in FIRST_STEP_KEYS):
         with training.guarded("first step"):
-            parts = training.head["first_step_parts_ms"] = first_step_ms()
-            training.head["first_step_ms"] = sum(parts.values())
+            training.add_first_step()
     begin = time.monotonic()
     training.ours(shapes)
     training.write()
@@ -628,7 +638,7 @@ def main():
     add("--seconds", type=float, default=0.2, help="on a GPU: of device time for each time (0.2)")
     add("--gates", default=",".join(bench.GATES), help="on a GPU: gate strengths (all three)")
     add("--rows", metavar="NAME,...", help="on a GPU: only these, as T8192_H32")
-    add("--backend", metavar="NAME,...", help="on a GPU: forced, forward too (the plan's choice)")
+    add("--backend", metavar="NAME,...", help="on a GPU: forced, forward too (all that can)")
     add("--compare", action="store_true", help="on a GPU: FLA on some of the rows")
     add(
         "--peers",
@@ -648,6 +658,9 @@ def main():
     add("--note", default="", help="recorded with the result")
     args = parser.parse_args()
     args.gates, args.peers = args.gates.split(","), args.peers.split(",")
+    for name in [*args.peers, *(args.rows.split(",") if args.rows else [])]:
+        if name not in (shape.name for shape in GPU_SHAPES):
+            parser.error(f"{name}: expected rows of " + ", ".join(s.name for s in GPU_SHAPES))
     if args.go_on and not args.json:
         parser.error("--continue: expected --json FILE with it")
     args.backend = args.backend.split(",") if args.backend else []

@@ -4,8 +4,8 @@
 Between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` in README.md: the main rows of cpu-*.json. Between the
 markers `bench:cpu-all` in docs/kernels/cpu.md: all of them. Likewise `bench:gpu` in README.md from
 prefill-*.json and decode-*.json, and `bench:gpu-prefill-sm90`, `bench:gpu-prefill`, `bench:gpu-decode` in
-docs/kernels/, and `bench:gpu-backward` and `bench:gpu-training` there from backward-*.json and training-*.json
-of GPUs. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
+docs/kernels/, and `bench:gpu-backward-sm90`, `bench:gpu-backward` and `bench:gpu-training` there from backward-*.json
+and training-*.json of GPUs. With --check nothing is written; the exit status is 1 where a document differs from what the records say.
 """
 
 import argparse
@@ -279,22 +279,31 @@ def gib(x):
     return "–" if x is None else f"{x:.2f}"
 
 
-def gpu_backward(record):
-    """Training steps beside FLA's, then the error of every gradient, the worst of the record's shapes."""
+def gpu_backward(record, backend):
+    """Training steps of one row beside FLA's, then the error of every gradient, the worst of the record's shapes."""
+    rows = [row for row in record["rows"] if row["backend"] == backend]
+    portable = {
+        (row["name"], row["gate"]): row["backward_ms"]
+        for row in record["rows"]
+        if row["backend"] == "portable" != backend
+    }
     lines = []
-    for row in record["rows"]:
+    for row in rows:
         fla, peak = row["peers_ms"].get("fla"), row.get("peers_peak_gib", {}).get("fla")
         line = [row["name"].replace("_", ", "), row["gate"], number(row["ms"])]
-        line += [number(row["forward_ms"]), number(row["backward_ms"]), number(row["floor_ms"])]
+        line += [number(row["forward_ms"]), number(row["backward_ms"])]
+        line += [number(portable.get((row["name"], row["gate"])))] if portable else []
+        line += [number(row["floor_ms"])]
         line += [number(fla), number(row.get("peers_backward_ms", {}).get("fla"))]
         line += [times(fla / row["ms"] if fla else None), gib(row["peak_gib"]), gib(peak)]
         lines.append(line + [percent(row["peak_gib"] / peak if peak else None)])
-    head = ["forward + backward, D 128", "gates", "ms", "forward", "backward", "floor, ms", "FLA, ms"]
+    head = ["forward + backward, D 128", "gates", "ms", "forward", "backward"]
+    head += (["portable's"] if portable else []) + ["floor, ms", "FLA, ms"]
     head += ["its backward", "faster", "peak GiB", "FLA's", "of FLA's"]
     yield from table(head, lines)
     yield ""
-    gates = list(dict.fromkeys(row["gate"] for row in record["rows"]))
-    known = [row for row in record["rows"] if "errors" in row]  # a run that was cut short has none
+    gates = list(dict.fromkeys(row["gate"] for row in rows))
+    known = [row for row in rows if "errors" in row]  # a run that was cut short has none
     compared = [row for row in known if "peers_errors" in row]
     lines = []
     for name in known[0]["errors"] if known else ():
@@ -313,19 +322,24 @@ def gpu_backward(record):
     yield from table(head, lines)
 
 
-def gpu_backward_page(records):
-    if not records:
-        return ["No result is recorded yet."]
-    pages = []
-    for record in records:
-        first = record.get("first_step_ms")
-        lines = gpu_machine(record)
-        if first:
-            lines.append(
-                f"The first training step of a process, T 8192 and H 32, from `import flash_kda`: {number(first)} ms."
-            )
-        pages += lines + ["", *gpu_backward(record)]
-    return pages
+def gpu_backward_page(backend):
+    def page(records):
+        pages = []
+        for record in records:
+            if all(row["backend"] != backend for row in record["rows"]):
+                continue
+            first = record.get("first_step_ms")
+            lines = gpu_machine(record)
+            forward = {row["forward_backend"] for row in record["rows"] if row["backend"] == backend}
+            lines.append("The forward is that of " + ", ".join(f"`{x}`" for x in sorted(forward)) + ".")
+            if first:
+                lines.append(
+                    f"The first training step of a process, T 8192 and H 32, from `import flash_kda`: {number(first)} ms."
+                )
+            pages += lines + ["", *gpu_backward(record, backend)]
+        return pages or [f"No result of `{backend}` is recorded yet."]
+
+    return page
 
 
 NAMES = {
@@ -415,7 +429,8 @@ def main():
         ("docs/kernels/prefill_sm90.md", "gpu-prefill-sm90", gpu_prefill_page("sm90"), gpu),
         ("docs/kernels/prefill_portable.md", "gpu-prefill", gpu_prefill_page("portable"), gpu),
         ("docs/kernels/decode.md", "gpu-decode", gpu_decode_page, gpu),
-        ("docs/kernels/backward_portable.md", "gpu-backward", gpu_backward_page, [gradients]),
+        ("docs/kernels/backward_sm90.md", "gpu-backward-sm90", gpu_backward_page("sm90"), [gradients]),
+        ("docs/kernels/backward_portable.md", "gpu-backward", gpu_backward_page("portable"), [gradients]),
         ("docs/kernels/backward_portable.md", "gpu-training", gpu_training_page, [training]),
     )
     for name, marker, make, sources in documents:

@@ -40,13 +40,13 @@ def stand_in(
 def run(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "load_fla", lambda: (stand_in, None, "0.0"))
 
-    def run(**options):
+    def run(shapes=SHAPES, **options):
         file = tmp_path / "record.json"
         options = {**dict(
             gates=["weak", "strong"], seconds=0.001, json=file, compare=True, no_prewarm=True,
             peers=["T70_H2"], peers_budget=100, commit="abc", note="", backend=[], go_on=False,
         ), **options}  # fmt: skip
-        training = backward.run(bench.HostClock(torch), SHAPES, types.SimpleNamespace(**options))
+        training = backward.run(bench.HostClock(torch), shapes, types.SimpleNamespace(**options))
         return training, json.loads(file.read_text())
 
     return run
@@ -111,3 +111,41 @@ def test_continued(run, monkeypatch):
     assert sorted(map(str, third["rows"])) == sorted(map(str, second["rows"]))
     with pytest.raises(SystemExit, match="commit abc, expected def"):
         run(go_on=True, commit="def")
+
+
+def test_peers_of_other_rows_later(run, capsys):
+    """As where FLA takes too long for one run: none of ours is timed anew, and what FLA had is kept."""
+    _, first = run()
+    ragged = [row for row in first["rows"] if row["name"] == "ragged_H2"]
+    assert len(ragged) == 2 and not any(row["peers_ms"] for row in ragged)
+    later = dict(shapes=SHAPES[1:], go_on=True, peers=["ragged_H2"])
+    _, second = run(**later, peers_budget=-1)
+    assert "--peers-budget is used up" in capsys.readouterr().err
+    assert sorted(map(str, second["rows"])) == sorted(map(str, first["rows"]))
+    training, third = run(**later)
+    assert training.failures == [] and len(third["rows"]) == len(first["rows"])
+    for row in third["rows"]:
+        (before,) = (x for x in first["rows"] if training.key(x) == training.key(row))
+        assert all(row[name] == before[name] for name in ("ms", "backward_ms", "errors"))
+        if row["name"] == "ragged_H2":
+            assert row["peers_ms"]["fla"] > 0 and row["peers_errors"]["fla"].keys() == row["errors"].keys()
+        else:
+            assert row == before
+
+
+@pytest.mark.parametrize("option", ["--rows", "--peers"])
+def test_rows_that_there_are_not(monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.argv", ["backward.py", "--device", "cuda", option, "T8192_H32,T1_H1"])
+    with pytest.raises(SystemExit):
+        backward.main()
+    assert "T1_H1: expected rows of T8192_H32" in capsys.readouterr().err
+
+
+def test_every_row_that_can(run, monkeypatch):
+    """A GPU has two rows of the backend table; both are timed on the same inputs, and one FLA beside both."""
+    monkeypatch.setattr(bench, "backends_of", lambda *_: ["cpu-scalar", "reference"])
+    training, record = run(shapes=SHAPES[:1], gates=["weak"])
+    assert training.failures == []
+    assert [row["backend"] for row in record["rows"]] == ["cpu-scalar", "reference"]
+    assert [row["forward_backend"] for row in record["rows"]] == ["cpu-scalar", "reference"]
+    assert len({row["peers_ms"]["fla"] for row in record["rows"]}) == 1
