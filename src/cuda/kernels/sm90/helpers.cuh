@@ -2,82 +2,77 @@
 #ifndef FKDA_CUDA_SM90_HELPERS_CUH
 #define FKDA_CUDA_SM90_HELPERS_CUH
 
-#include "cuda/kernels/sm90/shared.cuh"
+#include "cuda/kernels/sm90/deal.cuh"
 #include "cuda/kernels/sm90/solver.cuh"
 
 namespace fkda {
 
 /* ---- the loader: one warp that publishes tasks and copies their q, k and g in ------------------------------ */
 
-__device__ __forceinline__ bool is_sorted(const fkda_problem &p) {
-  return p.cu_seqlens.data && p.N <= MAX_SORTED;
-}
-
-/* The i-th of the tasks that are dealt to block `block` of `blocks` back and forth. */
-__device__ __forceinline__ int64_t dealt_task(int64_t i, int block, int blocks) {
-  return i * blocks + (i & 1 ? blocks - 1 - block : block);
-}
-
-/* The block's i-th task; n < 0 if there is none. */
+/* The task that has this place among all; n < 0 where that is -1. */
 template <class S>
-__device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t i) {
+__device__ void start_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t place,
+                           Task &task) {
+  task.n = -1;
+  if (place < 0) return;
   const fkda_problem &p = params.problem;
-  const int64_t per_sequence = p.HV * params.value_split;
-  const Deal &deal = shared.deal;
-  const bool rest = i >= deal.own;
-  const int64_t position =
-      rest ? deal.rest_begin + i - deal.own : dealt_task(i, blockIdx.x, gridDim.x);
-  if (rest && position >= deal.rest_end) {
-    Task none;
-    none.n = -1;
-    none.chunks = 0;
-    return none;
-  }
-  int64_t n = position / per_sequence;
-  const int within = (int)(position - n * per_sequence), head = within / params.value_split;
+  const int per_sequence = (int)p.HV * params.value_split;
+  int n = (uint32_t)place / per_sequence;
+  const int within = (int)((uint32_t)place - n * per_sequence), head = within / params.value_split;
   if (is_sorted(p)) n = shared.order[n];
-  Task task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
+  task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
   if (task.skip) task.chunks = 0;
-  return task;
 }
 
 template <class S, class Params>
 __device__ void run_loader(const Params &params, Shared<S> &shared) {
-  if (fresh_lane() != 0) return;
+  const bool first_lane = fresh_lane() == 0; /* works alone, except for dealing */
+  Dealer<S> dealer(problem_of(params), shared);
   Ring<S::SLOTS> ring;
-  int count = 0;
+  int count = 0, tasks = 0, left = 0;
 #pragma unroll 1
-  for (int i = 0;; ++i) {
-    Task &task = shared.tasks[i % TASKS];
-    if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
-    task = deal_task<S>(params, shared, i);
-    arrive(shared.task_full[i % TASKS]);
-    if (task.n < 0) break;
-    const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
-    const bool queries = has_queries<S>(task);
-    int64_t token = task.begin + place_of<S>(task, 0) * CHUNK;
-    const int step = S::WALK && task.backward ? -CHUNK : CHUNK;
-#pragma unroll 1
-    for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
-      const Barrier &full = shared.slot_full[ring.stage];
-      if (count < S::SLOTS)
-        ++count;
-      else
-        wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
-      full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
-      char *slot = shared.slots[ring.stage];
+  for (;;) {
+    if (left == 0 && !dealer.lacks()) {
+      const int64_t place = dealer.next();
+      Task &task = shared.tasks[tasks % TASKS];
+      if (first_lane) {
+        if (tasks >= TASKS) wait_idly(shared.task_free[tasks % TASKS], (tasks / TASKS & 1) ^ 1);
+        start_task(params, shared, place, task);
+        arrive(shared.task_full[tasks % TASKS]);
+      }
+      if (place < 0) break;
+      __syncwarp();
+      ++tasks;
+      left = task.chunks;
+    }
+    if (left > 0) {
+      if (first_lane) {
+        const Barrier &full = shared.slot_full[ring.stage];
+        if (count == S::SLOTS) wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
+        const Task &task = shared.tasks[(tasks - 1) % TASKS];
+        const bool queries = has_queries<S>(task);
+        full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
+        const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
+        const int64_t token = task.begin + place_of<S>(task, task.chunks - left) * CHUNK;
+        char *slot = shared.slots[ring.stage];
 #pragma unroll
-      for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
-        load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
-        if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
-        if (S::GATE_BYTES == 2) {
-          load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
-        } else {
-          load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
-          load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
+        for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
+          load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
+          if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
+          if (S::GATE_BYTES == 2) {
+            load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
+          } else {
+            load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
+            load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
+          }
         }
       }
+      __syncwarp();
+      count = min(count + 1, S::SLOTS);
+      --left, ring.next();
     }
+    /* No chunk shall wait for the dealer: it has time when the ring is full. */
+    if (dealer.lacks() && (left == 0 || count == S::SLOTS)) dealer.prepare();
   }
 }
 
