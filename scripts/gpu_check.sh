@@ -103,6 +103,7 @@ cases=(
   'backward/ragged_i32_bf16' 'backward/all_empty_bf16' 'backward/strides_misaligned_bf16'
   'backward/strides_padded_bf16' 'backward/f32_gate_and_gradients_bf16' 'backward/only_d_v_bf16'
   'backward/only_d_dt_bias_bf16' 'backward/T0_bf16' 'backward/collinear_D128_bf16'
+  'backward/collinear_heads_bf16'
 )
 patterns=()
 for name in "${cases[@]}"; do patterns+=(--case "$name"); done

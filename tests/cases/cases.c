@@ -1303,6 +1303,17 @@ static void backward_cases(void) {
   direct(c, uniform(-8e-3, -2e-3));
   c->range = "collinear keys";
   c->q_is_k = false;
+  c = add_backward(2, FKDA_BF16, "collinear_heads"); /* and others, which they do not concern */
+  static const int64_t lens[] = {70, 0, 33, 100};
+  collinear(c);
+  ragged(c, lens, 4);
+  c->H = 3;
+  c->HV = 6;
+  c->V = 128;
+  c->k.kind = FKDA_DIST_REPEAT_EVEN;
+  direct(c, uniform(-8e-3, -2e-3));
+  c->range = "collinear keys";
+  c->q_is_k = false;
   add_backward(8, FKDA_F16, "plain");
   c = add_backward(9, FKDA_F16, "ragged_gva_kv");
   ragged(c, mixed_lens, 11);

@@ -61,10 +61,11 @@ typedef enum fkda_dist_kind {
   FKDA_DIST_EITHER,   /* a or b, half of the elements each */
   FKDA_DIST_UNIT,     /* a normal vector scaled to length a over the last dimension */
   FKDA_DIST_REPEAT, /* one normal vector (standard deviation b) a head, the same for every token */
-  FKDA_DIST_TILE16, /* 16 such vectors, repeated every 16 tokens */
-  FKDA_DIST_RAMP,   /* normal times (0.1 + 2 i / size), i the index in the last dimension */
-  FKDA_DIST_SPARSE, /* standard deviation b, but every third token is 0 */
-  FKDA_DIST_SWITCH, /* a for 5 tokens, then b for 5 tokens, and so on */
+  FKDA_DIST_REPEAT_EVEN, /* the same in heads 0, 2, ..., normal ones in the others */
+  FKDA_DIST_TILE16,      /* 16 such vectors, repeated every 16 tokens */
+  FKDA_DIST_RAMP,        /* normal times (0.1 + 2 i / size), i the index in the last dimension */
+  FKDA_DIST_SPARSE,      /* standard deviation b, but every third token is 0 */
+  FKDA_DIST_SWITCH,      /* a for 5 tokens, then b for 5 tokens, and so on */
 } fkda_dist_kind;
 
 typedef struct fkda_dist {

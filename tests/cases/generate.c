@@ -52,6 +52,7 @@ static double draw(fkda_random *random, fkda_dist dist, int64_t token, int64_t i
     case FKDA_DIST_CONSTANT: return dist.a;
     case FKDA_DIST_EITHER: return fkda_random_bits(random) >> 63 ? dist.a : dist.b;
     case FKDA_DIST_REPEAT:
+    case FKDA_DIST_REPEAT_EVEN:
     case FKDA_DIST_TILE16: return repeated ? *repeated : dist.b * fkda_random_normal(random);
     case FKDA_DIST_RAMP:
       return dist.b * fkda_random_normal(random) * (0.1 + 2 * (double)inner / (double)size);
@@ -98,7 +99,9 @@ void fkda_random_fill(fkda_random *random, const fkda_tensor *tensor, fkda_dist 
     return;
   }
   const int64_t period = dist.kind == FKDA_DIST_TILE16 ? 16 : 1;
-  if ((dist.kind == FKDA_DIST_TILE16 || dist.kind == FKDA_DIST_REPEAT) && token >= 0 && head >= 0) {
+  const bool even = dist.kind == FKDA_DIST_REPEAT_EVEN;
+  if ((dist.kind == FKDA_DIST_TILE16 || dist.kind == FKDA_DIST_REPEAT || even) && token >= 0 &&
+      head >= 0) {
     const int64_t entries = period * tensor->shape[head] * size;
     table = malloc((size_t)entries * sizeof *table);
     for (int64_t i = 0; table && i < entries; i++) table[i] = dist.b * fkda_random_normal(random);
@@ -107,7 +110,9 @@ void fkda_random_fill(fkda_random *random, const fkda_tensor *tensor, fkda_dist 
   for (int64_t i = 0; i < count; i++) {
     const int64_t t = token >= 0 ? walk.index[token] : 0, inner = walk.index[last];
     const double *repeated =
-        table ? &table[(t % period * tensor->shape[head] + walk.index[head]) * size + inner] : NULL;
+        table && !(even && walk.index[head] % 2)
+            ? &table[(t % period * tensor->shape[head] + walk.index[head]) * size + inner]
+            : NULL;
     fkda_store(tensor->data, tensor->dtype, walk.offset,
                draw(random, dist, t, inner, size, repeated));
     fkda_walk_step(&walk, tensor);
