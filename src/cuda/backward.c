@@ -57,11 +57,16 @@ static int32_t stages_in(int32_t shared, int32_t K) {
   return stages < MOST_STAGES ? stages : MOST_STAGES;
 }
 
+static int32_t gradients_stages(const fkda_cuda_device *device, int32_t K, int32_t V) {
+  return FKDA_BACKWARD_GRADIENTS_STAGES(device->major, K, V);
+}
+
 static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
   const int32_t K = shapes[kernel].K, columns = shapes[kernel].columns;
   switch (shapes[kernel].stage) {
     case WALK: return FKDA_BACKWARD_WALK_SHARED(K, stages_in(device->block_shared, K));
-    case GRADIENTS: return FKDA_BACKWARD_GRADIENTS_SHARED(K, columns);
+    case GRADIENTS:
+      return FKDA_BACKWARD_GRADIENTS_SHARED(K, columns, gradients_stages(device, K, columns));
     default: return 0;
   }
 }
@@ -174,6 +179,14 @@ static int64_t factors_blocks(const fkda_cuda_device *device,
   return params->redo && few < all ? few : all;
 }
 
+static int64_t gradients_blocks(const fkda_cuda_device *device,
+                                const fkda_portable_backward_params *params) {
+  const fkda_problem *p = &params->problem;
+  const int64_t all = params->rows * p->HV;
+  const bool loop = gradients_stages(device, (int32_t)p->K, (int32_t)p->V) > 1;
+  return loop && device->processors < all ? device->processors : all;
+}
+
 fkda_status fkda_cuda_backward_launch_all(const fkda_cuda_driver *driver,
                                           fkda_portable_backward_params *params,
                                           const fkda_cuda_launch *first) {
@@ -192,8 +205,9 @@ fkda_status fkda_cuda_backward_launch_all(const fkda_cuda_driver *driver,
        FKDA_BACKWARD_FACTORS_THREADS, 0},
       {WALK, walks, 0, walk_blocks(p), FKDA_BACKWARD_WALK_THREADS,
        FKDA_BACKWARD_WALK_SHARED(K, params->stages)},
-      {GRADIENTS, some && wanted.tokens, V, params->rows * p->HV,
-       FKDA_BACKWARD_GRADIENTS_THREADS(K), 0},
+      {GRADIENTS, some && wanted.tokens, V,
+       gradients_blocks(&driver->devices[p->device_id], params), FKDA_BACKWARD_GRADIENTS_THREADS(K),
+       0},
       {REDUCE, wanted.parameters, 0, p->HV, FKDA_BACKWARD_REDUCE_THREADS(K), 0},
       {GROUP, some && wanted.group, 0, params->rows * p->H, FKDA_BACKWARD_GROUP_THREADS, 0},
   };

@@ -125,12 +125,12 @@ __device__ __forceinline__ float exp_A_of(const fkda_problem &p, int head) {
 /* TOKENS rows of COLUMNS columns to a tile, zeros from `tokens` on. In pieces: the copies are asynchronous. */
 template <int TOKENS, int COLUMNS, int THREADS>
 __device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int64_t first,
-                                          int tokens, bool aligned) {
+                                          int tokens, bool aligned, int thread = threadIdx.x) {
   if (aligned) {
     /* a warp at a time: eight rows of 64 bytes */
     constexpr int WARPS = THREADS / 32, EIGHTS = TOKENS / 8;
     constexpr int SHARE = WARPS > EIGHTS ? WARPS / EIGHTS : 1; /* warps for the same eight rows */
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int warp = thread / 32, lane = thread & 31;
     const int piece = (lane >> 3) + 4 * (SHARE > 1 ? warp / EIGHTS : 0);
 #pragma unroll
     for (int eight = 0; eight < EIGHTS; eight += WARPS) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int
     }
   } else {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < TOKENS * COLUMNS; i += THREADS) {
+    for (int i = thread; i < TOKENS * COLUMNS; i += THREADS) {
       const int row = i / COLUMNS, column = i % COLUMNS;
       const float x = row < tokens && rows.data
                           ? load_float(rows.data, rows.dtype, first + row * rows.stride_t + column)
@@ -157,14 +157,14 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int
 
 /* BYTES of them, from every thread's first piece at constant distances. */
 template <int BYTES, int THREADS>
-__device__ __forceinline__ void copy_bytes(char *to, const char *from) {
+__device__ __forceinline__ void copy_bytes(char *to, const char *from, int thread = threadIdx.x) {
   constexpr int ROUND = 16 * THREADS;
   static_assert(BYTES % 16 == 0, "pieces");
-  to += threadIdx.x * 16, from += threadIdx.x * 16;
+  to += thread * 16, from += thread * 16;
 #pragma unroll
   for (int i = 0; i < BYTES / ROUND; ++i) copy_piece(to + i * ROUND, from + i * ROUND, true);
   constexpr int DONE = BYTES / ROUND * ROUND;
-  if (DONE < BYTES && threadIdx.x * 16 < BYTES - DONE) copy_piece(to + DONE, from + DONE, true);
+  if (DONE < BYTES && thread * 16 < BYTES - DONE) copy_piece(to + DONE, from + DONE, true);
 }
 
 /* 32 tokens (columns) of 16 rows of accumulators as bf16 to rows of a tensor, `first` that of the first token: a lane has four

@@ -46,9 +46,46 @@ constexpr bool GATES_EARLY = true;
 
 constexpr int TILES = STEP / 8, SQUARES = STEP / 16; /* of a warp's tokens */
 
+/* How many tasks a block has in shared memory. With two, the next one's rows arrive while one is worked on. */
+#if __CUDA_ARCH__ < 900
+constexpr bool FOR_ALL = true;
+#else
+constexpr bool FOR_ALL = false;
+#endif
+template <int K, int V>
+__device__ constexpr int stages() {
+#ifdef __CUDA_ARCH__
+  return FKDA_BACKWARD_GRADIENTS_STAGES(__CUDA_ARCH__ / 100, K, V);
+#else
+  return 1;
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+  cute::cp_async_fence();
+  cute::cp_async_wait<0>();
+  __syncthreads();
+}
+
+/* The gradients of a block of tokens and value head. */
+struct GradientsTask {
+  Block block; /* no tokens: nobody's */
+  int row, head;
+};
+__device__ __forceinline__ uint32_t tasks_of(const Backward &x) {
+  return (uint32_t)x.rows * heads_of(x.problem);
+}
+__device__ __forceinline__ GradientsTask task_of(const Backward &x, uint32_t id) {
+  GradientsTask task = {};
+  task.row = (int)(id / heads_of(x.problem)), task.head = (int)(id % heads_of(x.problem));
+  if (id >= tasks_of(x) || !find_block(x.problem, task.row, task.block)) task.block.tokens = 0;
+  return task;
+}
+
+/* Shared memory of a task. */
 template <int K, int V>
 struct GradientsShared {
-  static constexpr int COLUMNS = K / 16; /* warps side by side */
+  static constexpr int STAGES = stages<K, V>(), COLUMNS = K / 16; /* warps side by side */
   bf16 q[BLOCK_TOKENS * K], k[BLOCK_TOKENS * K];
   union {
     struct {
@@ -57,8 +94,12 @@ struct GradientsShared {
     struct
     { /* operands over the middle of the block: of the first half's keys, of the second half's q and k */
       uint4 columns[COLUMNS][SQUARES][32], rows[COLUMNS][2][SQUARES][32];
+      float always[2][K]; /* what all tokens get in (28), halves to be added */
+      float behind[K];    /* what the first half gets from the second */
+      float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
     };
   };
+  bf16 g[STAGES > 1 ? BLOCK_TOKENS * K : 8]; /* raw, if they come in pieces */
   /* Weights of raw pairs: scale dP_ij / |q_i| |k_j| and dM_ij / |k_i| |k_j|, below the diagonal; squares (i, j) of
    * the lower triangle by rows. */
   union {
@@ -74,18 +115,18 @@ struct GradientsShared {
     float parts[2][STEP];  /* sum q dq, sum k dk over the warp's channels */
   } by_warp[2][COLUMNS];
   float whole[2][K];  /* G of each half */
-  float always[2][K]; /* what all tokens get in (28), halves to be added */
-  float behind[K];    /* what the first half gets from the second */
-  float norm_k[BLOCK_TOKENS], norm_q[BLOCK_TOKENS], by_k[BLOCK_TOKENS]; /* by_k: norm_k beta */
+  /* Numbers of each token, as they lie in the records of the factors. */
+  struct alignas(16) Half {
+    float beta[STEP], norm_k[STEP], norm_q[STEP];
+    int parallel; /* are the keys nearly parallel to their neighbours? */
+  } of[2];
   float P_diagonal[BLOCK_TOKENS]; /* weight of q_i k_i */
   float d_beta[BLOCK_TOKENS];
-  float along[2][BLOCK_TOKENS]; /* sum q dq / |q|^2, sum k dk / |k|^2 */
-  Block block;
-  int row, head;
-  int parallel[2]; /* of each half: are its keys nearly parallel to their neighbours? */
+  GradientsTask task, coming; /* STAGES 2: `coming` will be here when `task` is done */
+  int levels;    /* not 0: one anchor for 16 tokens does not do */
   uint32_t zero; /* a number that the compiler does not know */
 };
-/* Rows of a gradient on their way out, over everything from q on. */
+/* Rows of a gradient on their way out, over everything from q on but the gates. */
 template <int K>
 constexpr int OUT_PITCH = K + 4;
 
@@ -118,6 +159,10 @@ __device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, flo
 
 template <int K, int V>
 struct Gradients {
+  static constexpr int STAGES = stages<K, V>();
+  /* Whether a block does more than one task. The image for sm_80 does whatever the number of blocks is: where it is the only one,
+   * the host may think of Hopper's. */
+  static constexpr bool LOOP = STAGES > 1 || FOR_ALL;
   static constexpr int COLUMNS = K / 16, WARPS = 2 * COLUMNS, THREADS = 32 * WARPS;
   using Shared = GradientsShared<K, V>;
   const Backward &x;
@@ -133,7 +178,7 @@ struct Gradients {
   float overlap[2]; /* sum_v S dS, in parts */
 
   __device__ __forceinline__ Gradients(const Backward &x, Shared &s)
-      : x(x), p(x.problem), s(s), block(s.block) {
+      : x(x), p(x.problem), s(s), block(s.task.block) {
     refresh();
   }
   /* At the beginning of each part: or the compiler holds its addresses in registers from the start. */
@@ -152,16 +197,24 @@ struct Gradients {
 
   /* True; but the compiler cannot know, and does not begin with what follows before. It otherwise computes all
    * exponentials first, for which there are no registers. */
-  __device__ __forceinline__ bool in_turn() const { return opaque_zero() == 0; }
+  __device__ __forceinline__ bool in_turn() const {
+    if (!LOOP) return opaque_zero() == 0;
+    if (opaque_zero()) { /* in a loop, what is not computed else must not remain from the round before */
+      asm volatile("exit;");
+      __builtin_unreachable();
+    }
+    return true;
+  }
   __device__ __forceinline__ uint32_t opaque_zero() const {
     return *const_cast<const volatile uint32_t *>(&s.zero);
   }
 
-  __device__ __forceinline__ int head() const { return s.head; }
-  __device__ __forceinline__ int64_t row() const { return s.row; }
+  __device__ __forceinline__ int head() const { return s.task.head; }
+  __device__ __forceinline__ int64_t row() const { return s.task.row; }
 
+  /* Two of the numbers of the half's tokens. */
   __device__ __forceinline__ float2 of_tokens(const float *vector, int n) const {
-    return *reinterpret_cast<const float2 *>(vector + STEP * half + 8 * n + 2 * (lane & 3));
+    return *reinterpret_cast<const float2 *>(vector + 8 * n + 2 * (lane & 3));
   }
   __device__ __forceinline__ int channel(int h) const { return 16 * warp + (lane >> 2) + 8 * h; }
 
@@ -170,64 +223,52 @@ struct Gradients {
     load_square_transposed(r, tile, (SQUARES * half + square) * (K / 16) + warp);
   }
 
-  __device__ __forceinline__ void load() {
-    load_tile<BLOCK_TOKENS, K, THREADS>(s.q, p.q,
-                                        row_of(p.q, block.span, block.t, qk_head_of(p, head())),
-                                        block.tokens, x.aligned_q);
-    load_tile<BLOCK_TOKENS, K, THREADS>(s.k, p.k,
-                                        row_of(p.k, block.span, block.t, qk_head_of(p, head())),
-                                        block.tokens, x.aligned_k);
-    load_tile<BLOCK_TOKENS, V, THREADS>(s.d_out, p.d_out,
-                                        row_of(p.d_out, block.span, block.t, head()), block.tokens,
-                                        x.aligned_d_out);
+  /* A task's rows, asynchronously where rows come in pieces. All threads. */
+  __device__ __forceinline__ static void load(const Backward &x, Shared &to,
+                                              const GradientsTask &task) {
+    const fkda_problem &p = x.problem;
+    const Block &block = task.block;
+    const int qk_head = qk_head_of(p, task.head), thread = fresh(threadIdx.x);
+    if (STAGES > 1 && x.aligned_g)
+      load_tile<BLOCK_TOKENS, K, THREADS>(
+          to.g, p.g, row_of(p.g, block.span, block.t, task.head), block.tokens, true, thread);
+    load_tile<BLOCK_TOKENS, K, THREADS>(to.q, p.q, row_of(p.q, block.span, block.t, qk_head),
+                                        block.tokens, x.aligned_q, thread);
+    load_tile<BLOCK_TOKENS, K, THREADS>(to.k, p.k, row_of(p.k, block.span, block.t, qk_head),
+                                        block.tokens, x.aligned_k, thread);
+    load_tile<BLOCK_TOKENS, V, THREADS>(to.d_out, p.d_out,
+                                        row_of(p.d_out, block.span, block.t, task.head),
+                                        block.tokens, x.aligned_d_out, thread);
     const Workspace<K> w(x);
     copy_bytes<BLOCK_TOKENS * V * 2, THREADS>(
-        reinterpret_cast<char *>(s.E),
-        Workspace<K>::at(w.differences, w.sizes.differences, row(), w.heads, head()));
+        reinterpret_cast<char *>(to.E),
+        Workspace<K>::at(w.differences, w.sizes.differences, task.row, w.heads, task.head), thread);
     copy_bytes<BLOCK_TOKENS * V * 2, THREADS>(
-        reinterpret_cast<char *>(s.dW),
-        Workspace<K>::at(w.d_updates, w.sizes.d_updates, row(), w.heads, head()));
-    cute::cp_async_fence();
+        reinterpret_cast<char *>(to.dW),
+        Workspace<K>::at(w.d_updates, w.sizes.d_updates, task.row, w.heads, task.head), thread);
+    using Half = typename Shared::Half;
+    static_assert(FKDA_BACKWARD_NORM_K(K) == FKDA_BACKWARD_BETA(K) + offsetof(Half, norm_k) &&
+                      FKDA_BACKWARD_NORM_Q(K) == FKDA_BACKWARD_BETA(K) + offsetof(Half, norm_q) &&
+                      FKDA_BACKWARD_PARALLEL(K) == FKDA_BACKWARD_BETA(K) + offsetof(Half, parallel) &&
+                      FKDA_BACKWARD_FORWARD_BYTES(K) == FKDA_BACKWARD_BETA(K) + sizeof(Half),
+                  "a record's end");
+    if (thread < 64 && thread % 32 < sizeof(Half) / 16)
+      copy_piece(reinterpret_cast<char *>(&to.of[thread / 32]) + thread % 32 * 16,
+                 w.record(task.row, task.head, thread / 32) + FKDA_BACKWARD_BETA(K) +
+                     thread % 32 * 16,
+                 true);
   }
 
-  /* What there is once a token, a token a thread: on its way, then to shared memory. */
-  struct OfToken {
-    float norm_k, norm_q, beta;
-    int parallel;
-  };
-  __device__ __forceinline__ OfToken load_token() const {
-    OfToken t = {};
-    if (threadIdx.x < BLOCK_TOKENS) {
-      const int i = threadIdx.x % STEP;
-      const char *record = Workspace<K>(x).record(row(), head(), threadIdx.x / STEP);
-      t.norm_k = __ldg(reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_K(K)) + i);
-      t.norm_q = __ldg(reinterpret_cast<const float *>(record + FKDA_BACKWARD_NORM_Q(K)) + i);
-      t.beta = __ldg(reinterpret_cast<const float *>(record + FKDA_BACKWARD_BETA(K)) + i);
-      t.parallel = __ldg(reinterpret_cast<const int *>(record + FKDA_BACKWARD_PARALLEL(K)));
-    }
-    return t;
-  }
-  __device__ __forceinline__ void keep_token(const OfToken &t) {
-    if (threadIdx.x < BLOCK_TOKENS) {
-      s.norm_k[threadIdx.x] = t.norm_k;
-      s.norm_q[threadIdx.x] = t.norm_q;
-      s.by_k[threadIdx.x] = t.norm_k * t.beta;
-      if (threadIdx.x % STEP == 0) s.parallel[threadIdx.x / STEP] = t.parallel;
-    }
-  }
-
-  /* What this processor's next block will load, into the second-level cache. With one block at a time nothing
-   * else would keep the memory busy meanwhile. */
-  __device__ __forceinline__ void prefetch_next() const {
-    constexpr int PARTS = 8; /* a warp each */
-    const int part = threadIdx.x / 32;
-    const uint32_t id = blockIdx.x + processors();
-    if (part >= PARTS || id >= gridDim.x) return;
-    const int next_head = (int)(id % heads_of(p));
-    const int64_t next_row = id / heads_of(p);
-    Block next;
-    if (!find_block(p, next_row, next)) return;
+  /* Into the second-level cache, what the task will load that no stage has room for; ordered by a warp each. */
+  __device__ __forceinline__ static void prefetch_task(const Backward &x,
+                                                       const GradientsTask &task) {
+    constexpr int PARTS = 8;
+    const fkda_problem &p = x.problem;
+    const int thread = fresh(threadIdx.x), part = thread / 32, lane = thread % 32;
+    const Block &block = task.block;
+    if (part >= PARTS || block.tokens <= 0) return;
     if (part < 4) {
+      if (STAGES > 1 && part >= 2) return;
       const Workspace<K> w(x);
       const fkda_portable_backward_sizes &sizes = w.sizes;
       char *const base = part == 0   ? w.states
@@ -235,15 +276,16 @@ struct Gradients {
                          : part == 2 ? w.differences
                                      : w.d_updates;
       const int64_t size = part < 2 ? sizes.states : sizes.differences;
-      prefetch(Workspace<K>::at(base, size, next_row, w.heads, next_head), (int)size, lane);
+      prefetch(Workspace<K>::at(base, size, task.row, w.heads, task.head), (int)size, lane);
     } else {
+      if (STAGES > 1 && (part != 6 || x.aligned_g)) return;
       const fkda_rows &rows = part == 4 ? p.q : part == 5 ? p.k : part == 6 ? p.g : p.d_out;
-      const int of_head = part < 6 ? qk_head_of(p, next_head) : next_head;
+      const int of_head = part < 6 ? qk_head_of(p, task.head) : task.head;
       const int size = rows.dtype == FKDA_F32 ? 4 : 2, bytes = (part == 7 ? V : K) * size;
       if (!rows.data) return;
-      const char *from =
-          static_cast<const char *>(rows.data) + row_of(rows, next.span, next.t, of_head) * size;
-      for (int i = lane; i < next.tokens; i += 32)
+      const char *from = static_cast<const char *>(rows.data) +
+                         row_of(rows, block.span, block.t, of_head) * size;
+      for (int i = lane; i < block.tokens; i += 32)
         for (int line = 0; line < bytes; line += 128)
           prefetch(from + i * rows.stride_t * size + line);
     }
@@ -292,12 +334,19 @@ struct Gradients {
         load_square(b, s.E, j * (V / 16) + v);
         mma_rows(acc[0], acc[1], a, b);
       }
-      const float *of_rows = (of_q ? s.norm_q : s.by_k) + 16 * i + (lane >> 2);
-      const float sign = of_q ? 1 : -1, of_row[2] = {sign * of_rows[0], sign * of_rows[8]};
+      const typename Shared::Half &of_rows = s.of[i / 2], &of_columns = s.of[j / 2];
+      const int first_row = i % 2 * 16 + (lane >> 2);
+      float of_row[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        of_row[h] = of_q ? of_rows.norm_q[first_row + 8 * h]
+                         : -(of_rows.norm_k[first_row + 8 * h] * of_rows.beta[first_row + 8 * h]);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float2 of_column =
-            *reinterpret_cast<const float2 *>(&s.by_k[16 * j + 8 * n + 2 * (lane & 3)]);
+        const int column = j % 2 * 16 + 8 * n + 2 * (lane & 3);
+        const float2 norm = *reinterpret_cast<const float2 *>(&of_columns.norm_k[column]);
+        const float2 beta = *reinterpret_cast<const float2 *>(&of_columns.beta[column]);
+        const float2 of_column = make_float2(norm.x * beta.x, norm.y * beta.y);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float &w0 = acc[n][2 * h], &w1 = acc[n][2 * h + 1];
@@ -312,7 +361,7 @@ struct Gradients {
           if (ahead <= 1) w1 = 0;
         }
       }
-      if (s.parallel[j / 2]) {
+      if (of_columns.parallel) {
         const int row = 16 * (i - j) + (lane >> 2), last[2] = {row - 1, row + 7};
         hand_on_rounding(acc, last);
       }
@@ -382,8 +431,10 @@ struct Gradients {
       }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-      const float2 norm_q = of_tokens(s.norm_q, n), by_k = of_tokens(s.by_k, n);
-      const float by[2] = {by_k.x, by_k.y}, by_q[2] = {norm_q.x, norm_q.y};
+      const typename Shared::Half &of = s.of[half];
+      const float2 norm_q = of_tokens(of.norm_q, n), norm_k = of_tokens(of.norm_k, n),
+                   beta = of_tokens(of.beta, n);
+      const float by[2] = {norm_k.x * beta.x, norm_k.y * beta.y}, by_q[2] = {norm_q.x, norm_q.y};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         q[n][i] *= by_q[i & 1];
@@ -414,7 +465,18 @@ struct Gradients {
     }
   }
   __device__ __forceinline__ void load_gates(float (&g)[TILES][4]) const {
-    if (p.g.dtype == FKDA_F32)
+    if (STAGES > 1 && x.aligned_g) {
+#pragma unroll
+      for (int i = 0; i < SQUARES; ++i) {
+        uint32_t r[4];
+        load_raw(r, s.g, i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float(&y)[4] = g[2 * i + (j >> 1)];
+          y[2 * (j & 1)] = low_of(r[j]), y[2 * (j & 1) + 1] = high_of(r[j]);
+        }
+      }
+    } else if (p.g.dtype == FKDA_F32)
       load_gates_as<float>(g);
     else
       load_gates_as<bf16>(g);
@@ -615,7 +677,7 @@ struct Gradients {
     float e[2][4];
     if (half) {
       /* not the exponentials from above: they would be kept in registers */
-      const float zero = REST ? __uint_as_float(opaque_zero()) : 0, start[2] = {zero, zero};
+      const float zero = STAGES > 1 || REST ? __uint_as_float(opaque_zero()) : 0, start[2] = {zero, zero};
 #pragma unroll
       for (int i = 0; i < SQUARES; ++i) {
         if (!in_turn()) break;
@@ -763,29 +825,30 @@ struct Gradients {
         load_square_transposed(r, of_k ? s.M : s.P, own_square(I, I));
         choose(r);
         mma_columns(z[0], z[1], row, r);
+        if (!in_turn()) break;
       }
       add<-1>(k, I, column, e, z);
     }
   }
 
-  __device__ __forceinline__ void sum_pairs(bool levels) {
+  __device__ __forceinline__ void sum_pairs() {
     middle<false>();
     /* U telescopes over nearly parallel keys, and so must what keys lose by rounding. */
-    if (s.parallel[0]) {
+    if (s.of[0].parallel) {
       __syncthreads();
       if (!half) put_rests();
       __syncthreads();
       middle<true>();
     }
-    if (s.parallel[half]) {
+    if (s.of[half].parallel) {
       level<1, 0, true>(1);
-      if (!levels) {
+      if (!s.levels) {
         level<0, 0, true>(0);
         if (in_turn()) level<1, 1, true>(2);
       }
     }
     level<1, 0, false>(1);
-    if (levels) {
+    if (s.levels) {
       by_levels<0>();
       by_levels<1>();
     } else {
@@ -817,7 +880,7 @@ struct Gradients {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int tile = 2 * i + n;
-        const float2 weights = of_tokens(s.P_diagonal, tile);
+        const float2 weights = of_tokens(s.P_diagonal + STEP * half, tile);
         float along_q[2] = {0, 0}, along_k[2] = {0, 0};
 #pragma unroll
         for (int h = 0; h < 2; ++h)
@@ -855,12 +918,15 @@ struct Gradients {
       s.by_warp[half][warp].parts[lane >> 4][8 * (lane >> 2 & 3) + 2 * (lane & 3) + i] = along[i];
     __syncthreads();
     if (!p.l2norm) return;
-    if (threadIdx.x < 2 * BLOCK_TOKENS) {
-      const int of_k = threadIdx.x / BLOCK_TOKENS, token = threadIdx.x % BLOCK_TOKENS;
+    const int thread = threadIdx.x + opaque_zero();
+    if (thread < 2 * BLOCK_TOKENS) {
+      const int of_k = thread / BLOCK_TOKENS, token = thread % BLOCK_TOKENS;
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < COLUMNS; ++w) sum += s.by_warp[token / STEP][w].parts[of_k][token % STEP];
-      const float norm = of_k ? s.norm_k[token] : s.norm_q[token] * reciprocal((float)p.scale);
+      const typename Shared::Half &of = s.of[token / STEP];
+      const float norm = of_k ? of.norm_k[token % STEP]
+                              : of.norm_q[token % STEP] * reciprocal((float)p.scale);
       s.along[of_k][token] = p.scale != 0 || of_k ? sum * norm * norm : 0;
     }
     __syncthreads();
@@ -872,7 +938,8 @@ struct Gradients {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int tile = 2 * i + (r >> 1), h = r & 1;
-        const float2 of_q = of_tokens(s.along[0], tile), of_k = of_tokens(s.along[1], tile);
+        const float2 of_q = of_tokens(s.along[0] + STEP * half, tile),
+                     of_k = of_tokens(s.along[1] + STEP * half, tile);
         q[tile][2 * h] = fmaf(-of_q.x, low_of(q_raw[r]), q[tile][2 * h]);
         q[tile][2 * h + 1] = fmaf(-of_q.y, high_of(q_raw[r]), q[tile][2 * h + 1]);
         k[tile][2 * h] = fmaf(-of_k.x, low_of(k_raw[r]), k[tile][2 * h]);
@@ -950,7 +1017,7 @@ struct Gradients {
   __device__ __forceinline__ void store(const float (&y)[TILES][4], const fkda_rows &to,
                                         int of_head, bool aligned, float *part) {
     float *out = reinterpret_cast<float *>(&s);
-    static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, P), "rows");
+    static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, g), "rows");
     if (!to.data) return;
     refresh();
     if (to.dtype == FKDA_BF16 && aligned && !part) {
@@ -1016,17 +1083,33 @@ struct Gradients {
       static_cast<bf16 *>(p.d_beta.data)[at] = __float2bfloat16_rn(d);
   }
 
-  __device__ __forceinline__ void run() {
-    load_gates(G); /* what is needed first */
-    load();
-    const OfToken token = load_token();
+  /* STAGES 2: asks for the rows of the task that comes next, and for its states. */
+  __device__ __forceinline__ static void load_coming(const Backward &x, Shared &to) {
+    const GradientsTask task = to.coming;
+    if (threadIdx.x == 0) to.task = task, to.levels = 0;
+    if (task.block.tokens > 0) load(x, to, task);
+    prefetch_task(x, task);
+  }
+
+  /* A task. STAGES 2: its rows are there; those of the next one are asked for, and `after` comes here when this is done. Else its
+   * rows are still to be loaded, and those of `after` are asked into the second-level cache. */
+  __device__ __forceinline__ void run(Shared &next, uint32_t after) {
     uint4 S[AHEAD], dS[AHEAD];
-    load_states(S, dS);
-    const bool over = sum_gates();
-    keep_token(token);
-    cute::cp_async_wait<0>();
-    const bool levels = __syncthreads_or(over && p.gate != FKDA_GATE_BOUNDED);
-    prefetch_next();
+    if (STAGES > 1) {
+      load_states(S, dS);
+      load_gates(G);
+      load_coming(x, next);
+      if (threadIdx.x == THREADS - 1) s.coming = task_of(x, after);
+    } else {
+      load_gates(G); /* what is needed first */
+      load(x, s, s.task);
+      load_states(S, dS);
+    }
+    if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) s.levels = 1;
+    if (STAGES == 1) {
+      wait_for_copies();
+      prefetch_task(x, task_of(x, after));
+    }
     weigh_pairs();
     float late[TILES][4],
         early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
@@ -1038,7 +1121,7 @@ struct Gradients {
     else
       start_sums<0>(late, early);
     __syncthreads();
-    sum_pairs(levels);
+    sum_pairs();
     finish_keys();
     const bool gates = p.d_g.data || p.d_A_log.data || p.d_dt_bias.data;
     float *part_q = nullptr, *part_k = nullptr;
@@ -1057,27 +1140,65 @@ struct Gradients {
   }
 };
 
+/* A task that is nobody's: nothing to add. */
+template <int K>
+__device__ __forceinline__ void leave(const Backward &x, const GradientsTask &task) {
+  const Workspace<K> w(x);
+  float *sums = reinterpret_cast<float *>(
+      Workspace<K>::at(w.sums, w.sizes.sums, task.row, w.heads, task.head));
+  for (int i = threadIdx.x; i <= K; i += FKDA_BACKWARD_GRADIENTS_THREADS(K)) sums[i] = 0;
+}
+
+/* From memory: there are no registers for it. */
+template <class Shared>
+__device__ __forceinline__ uint32_t next_of(const Backward &x, const Shared &s) {
+  return (uint32_t)s.task.row * heads_of(x.problem) + (uint32_t)s.task.head + gridDim.x;
+}
+
 template <int K, int V>
 __device__ __forceinline__ void gradients(const Backward &x) {
   extern __shared__ __align__(128) char memory[];
-  static_assert(sizeof(GradientsShared<K, V>) <= FKDA_BACKWARD_GRADIENTS_SHARED(K, V),
+  using Task = Gradients<K, V>;
+  using Shared = typename Task::Shared;
+  constexpr int STAGES = Task::STAGES;
+  static_assert(STAGES * sizeof(Shared) <= FKDA_BACKWARD_GRADIENTS_SHARED(K, V, STAGES),
                 "shared memory");
-  GradientsShared<K, V> &shared = *reinterpret_cast<GradientsShared<K, V> *>(memory);
-  const fkda_problem &p = x.problem;
-  const int head = (int)(blockIdx.x % heads_of(p));
-  const int64_t row = blockIdx.x / heads_of(p);
-  Block block;
-  if (!find_block(p, row, block)) { /* nobody's: nothing to add */
-    const Workspace<K> w(x);
-    float *sums =
-        reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row, w.heads, head));
-    for (int i = threadIdx.x; i <= K; i += FKDA_BACKWARD_GRADIENTS_THREADS(K)) sums[i] = 0;
+  Shared *const stages = reinterpret_cast<Shared *>(memory);
+  uint32_t id = blockIdx.x;
+  if (STAGES == 1) {
+#pragma unroll 1
+    for (; id < tasks_of(x); id = next_of(x, *stages)) {
+      const GradientsTask task = task_of(x, id);
+      __syncthreads(); /* the task before has left */
+      if (threadIdx.x == 0) stages->task = task, stages->zero = 0, stages->levels = 0;
+      __syncthreads();
+      if (task.block.tokens > 0)
+        Task(x, *stages).run(*stages, id + processors());
+      else
+        leave<K>(x, task);
+      if (!Task::LOOP) break;
+    }
     return;
   }
   if (threadIdx.x == 0)
-    shared.block = block, shared.row = (int)row, shared.head = head, shared.zero = 0;
+    for (int i = 0; i < STAGES; ++i)
+      stages[i].zero = 0, stages[i].coming = task_of(x, id + i * gridDim.x);
   __syncthreads();
-  Gradients<K, V>(x, shared).run();
+  Task::load_coming(x, *stages);
+  uint32_t stage = 0;
+#pragma unroll 1
+  for (; id < tasks_of(x); id += gridDim.x, stage ^= 1) {
+    wait_for_copies(); /* and for all who have the other stage */
+    Shared &s = stages[stage], &next = stages[stage ^ 1];
+    const uint32_t after = id + 2 * gridDim.x;
+    if (s.task.block.tokens > 0) {
+      Task(x, s).run(next, after);
+    } else {
+      Task::load_coming(x, next);
+      if (threadIdx.x == 0) s.coming = task_of(x, after);
+      leave<K>(x, s.task);
+    }
+  }
 }
 
 }  // namespace

@@ -114,9 +114,16 @@ FKDA_HOST_DEVICE static inline int64_t fkda_portable_backward_workspace(int64_t 
 #define FKDA_BACKWARD_WALK_STAGE(K) (FKDA_BACKWARD_RECORD_BYTES(K) + 64 * FKDA_BACKWARD_WALK_PART)
 #define FKDA_BACKWARD_WALK_SHARED(K, stages) ((stages)*FKDA_BACKWARD_WALK_STAGE(K))
 
-/* fkda_portable_backward_gradients_k<K>_v<V>: rows * HV blocks. */
+/* fkda_portable_backward_gradients_k<K>_v<V>: rows * HV tasks. With one stage a block each; with two, where the device (its major
+ * compute capability) has 227 KB of shared memory and the compiler registers enough, a block for each processor, which does
+ * them one after the other. */
 #define FKDA_BACKWARD_GRADIENTS_THREADS(K) (4 * (K))
-#define FKDA_BACKWARD_GRADIENTS_SHARED(K, V) (256 * (K) + 384 * (V) + 10240 + 8704)
+#define FKDA_BACKWARD_GRADIENTS_STAGES(major, K, V)                                                \
+  ((major) == 9 || ((major) == 10 && (K) <= (V)) ? 2 : 1)
+#define FKDA_BACKWARD_GRADIENTS_STAGE(K, V)                                                        \
+  (256 * (K) + 384 * (V) + ((K) > (V) ? 12 * (K) + 512 : 0) + 10240 + 40 * (K) + 1728)
+#define FKDA_BACKWARD_GRADIENTS_SHARED(K, V, stages)                                               \
+  ((stages) * (FKDA_BACKWARD_GRADIENTS_STAGE(K, V) + ((stages) > 1 ? 128 * (K) : 0)))
 
 /* fkda_portable_backward_reduce_k<K>: HV blocks if d_A_log or d_dt_bias is wanted; then, if HV > H and d_q or d_k is
  * wanted, rows * H blocks in a launch of fkda_portable_backward_group_k<K>. Shared memory is static. */
