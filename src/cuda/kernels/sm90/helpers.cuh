@@ -29,31 +29,31 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
   const bool first_lane = fresh_lane() == 0; /* works alone, except for dealing */
   Dealer<S> dealer(problem_of(params), shared);
   Ring<S::SLOTS> ring;
-  int count = 0, tasks = 0, left = 0;
+  int count = 0;
 #pragma unroll 1
-  for (;;) {
-    if (left == 0 && !dealer.lacks()) {
-      const int64_t place = dealer.next();
-      Task &task = shared.tasks[tasks % TASKS];
-      if (first_lane) {
-        if (tasks >= TASKS) wait_idly(shared.task_free[tasks % TASKS], (tasks / TASKS & 1) ^ 1);
-        start_task(params, shared, place, task);
-        arrive(shared.task_full[tasks % TASKS]);
-      }
-      if (place < 0) break;
-      __syncwarp();
-      ++tasks;
-      left = task.chunks;
+  for (int i = 0;; ++i) {
+    while (dealer.lacks()) dealer.prepare();
+    const int64_t place = dealer.next();
+    Task &task = shared.tasks[i % TASKS];
+    if (first_lane) {
+      if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
+      start_task(params, shared, place, task);
+      arrive(shared.task_full[i % TASKS]);
     }
-    if (left > 0) {
-      if (first_lane) {
+    if (place < 0) break;
+    if (first_lane) { /* a loop as short as can be: what all roles execute fills the instruction cache */
+      const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
+      const bool queries = has_queries<S>(task);
+      const int step = S::WALK && task.backward ? -CHUNK : CHUNK;
+      int64_t token = task.begin + place_of<S>(task, 0) * CHUNK;
+#pragma unroll 1
+      for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
         const Barrier &full = shared.slot_full[ring.stage];
-        if (count == S::SLOTS) wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
-        const Task &task = shared.tasks[(tasks - 1) % TASKS];
-        const bool queries = has_queries<S>(task);
+        if (count < S::SLOTS)
+          ++count;
+        else
+          wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
         full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
-        const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
-        const int64_t token = task.begin + place_of<S>(task, task.chunks - left) * CHUNK;
         char *slot = shared.slots[ring.stage];
 #pragma unroll
         for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
@@ -67,12 +67,8 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
           }
         }
       }
-      __syncwarp();
-      count = min(count + 1, S::SLOTS);
-      --left, ring.next();
     }
-    /* No chunk shall wait for the dealer: it has time when the ring is full. */
-    if (dealer.lacks() && (left == 0 || count == S::SLOTS)) dealer.prepare();
+    __syncwarp();
   }
 }
 
