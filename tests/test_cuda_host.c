@@ -1043,7 +1043,7 @@ SCENARIO(backward_launches) {
                 (int)FKDA_BACKWARD_WALK_SHARED(K, cases[i].stages));
     snprintf(name, sizeof name, "gradients_%s", cases[i].size);
     check_stage(launch_of(count, 2), name, rows * HV, (int)FKDA_BACKWARD_GRADIENTS_THREADS(K),
-                (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V));
+                (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V, 1));
     snprintf(name, sizeof name, "reduce_k%d", (int)K);
     check_stage(launch_of(count, 3), name, HV, (int)FKDA_BACKWARD_REDUCE_THREADS(K), 0);
     snprintf(name, sizeof name, "group_k%d", (int)K);
@@ -1066,6 +1066,31 @@ SCENARIO(backward_launches) {
     }
   }
   CHECK_INT(fake.functions, BACKWARD_KERNELS); /* and nothing of prefill's */
+}
+
+/* Gradients have a block for each processor where two tasks fit, with registers for it; else one for each task. */
+SCENARIO(gradients_of_several_tasks) {
+  static const struct {
+    int device, K, V, stages;
+  } cases[] = {{0, 128, 128, 1}, {0, 64, 64, 1},   {1, 128, 128, 2}, {1, 128, 64, 2},
+               {1, 64, 64, 2},   {2, 128, 128, 2}, {2, 128, 64, 1}};
+  const int majors[] = {8, 9, 10};
+  fake.device_count = 3;
+  for (int i = 0; i < 3; ++i) fake.capability[i].major = majors[i];
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    for (int64_t tasks = 130; tasks <= 134; tasks += 2) {
+      fkda_backward_args a = backward(1, tasks / 2, tasks / 2, cases[i].K, cases[i].V);
+      a.device_id = cases[i].device;
+      a.stream = &stream_of[a.device_id];
+      give_workspace(&a);
+      CHECK_OK(fkda_backward(&a));
+      const fake_launch *launch = launch_of(2, 0); /* before reduce */
+      CHECK(strstr(launch->entry, "_gradients_"));
+      CHECK_INT(launch->grid[0], cases[i].stages == 2 && tasks > 132 ? 132 : tasks);
+      CHECK_INT(launch->shared,
+                FKDA_BACKWARD_GRADIENTS_SHARED(cases[i].K, cases[i].V, cases[i].stages));
+    }
+  }
 }
 
 /* Less shared memory to lend: fewer chunks on their way, never less than two. */
@@ -1276,8 +1301,9 @@ SCENARIO(sm90_backward_launches) {
     check_stage(launch_of(count, 2), name, 2 * N * HV * V / 64, FKDA_BACKWARD_WALK_THREADS,
                 (int)FKDA_BACKWARD_WALK_SHARED(K, p.backward.stages));
     snprintf(name, sizeof name, "gradients_k%d_v%d", (int)K, (int)V);
-    check_stage(launch_of(count, 3), name, rows * HV, (int)FKDA_BACKWARD_GRADIENTS_THREADS(K),
-                (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V));
+    check_stage(launch_of(count, 3), name, rows * HV < 132 ? rows * HV : 132,
+                (int)FKDA_BACKWARD_GRADIENTS_THREADS(K),
+                (int)FKDA_BACKWARD_GRADIENTS_SHARED(K, V, 2));
     snprintf(name, sizeof name, "reduce_k%d", (int)K);
     check_stage(launch_of(count, 4), name, HV, (int)FKDA_BACKWARD_REDUCE_THREADS(K), 0);
     snprintf(name, sizeof name, "group_k%d", (int)K);
@@ -1740,6 +1766,7 @@ int main(void) {
       cmocka_unit_test(test_sm90_failed_map),
       cmocka_unit_test(test_sm90_old_driver),
       cmocka_unit_test(test_backward_launches),
+      cmocka_unit_test(test_gradients_of_several_tasks),
       cmocka_unit_test(test_backward_shared_memory),
       cmocka_unit_test(test_backward_subsets),
       cmocka_unit_test(test_backward_of_nothing),
