@@ -79,10 +79,12 @@ class Dealer {
   }
 
   __device__ __forceinline__ void deal_first() {
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < HELD; ++i) { /* cost() once: it is long */
       const int block = fresh_lane() + 32 * i;
-      load[i] = block < (int)gridDim.x ? cost(block / (int)shared.deal.per_sequence) : NOBODY;
+      const int own = block < (int)gridDim.x ? cost(block / (int)shared.deal.per_sequence) : NOBODY;
+#pragma unroll
+      for (int j = 0; j < HELD; ++j) load[j] = j == i ? own : load[j];
     }
     dealt = gridDim.x;
   }
@@ -133,6 +135,8 @@ class Dealer {
  public:
   __device__ __forceinline__ Dealer(const fkda_problem &p, const Shared<S> &shared)
       : p(p), shared(shared), at(blockIdx.x), end(shared.deal.tasks), step(gridDim.x), dealt(end) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) load[i] = NOBODY;
     const Deal &deal = shared.deal;
     if (!is_sorted(p) || end <= gridDim.x || gridDim.x > 32 * HELD ||
         deal.work * deal.per_sequence / gridDim.x + deal.longest > MAX_COST)
