@@ -1073,7 +1073,7 @@ SCENARIO(gradients_of_several_tasks) {
   static const struct {
     int device, K, V, stages;
   } cases[] = {{0, 128, 128, 1}, {0, 64, 64, 1},   {1, 128, 128, 2}, {1, 128, 64, 2},
-               {1, 64, 64, 2},   {2, 128, 128, 2}, {2, 128, 64, 1}};
+               {1, 64, 64, 2},   {2, 128, 128, 1}, {2, 128, 64, 1}};
   const int majors[] = {8, 9, 10};
   fake.device_count = 3;
   for (int i = 0; i < 3; ++i) fake.capability[i].major = majors[i];

@@ -57,16 +57,13 @@ static int32_t stages_in(int32_t shared, int32_t K) {
   return stages < MOST_STAGES ? stages : MOST_STAGES;
 }
 
-static int32_t gradients_stages(const fkda_cuda_device *device, int32_t K, int32_t V) {
-  return FKDA_BACKWARD_GRADIENTS_STAGES(device->major, K, V);
-}
-
 static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
   const int32_t K = shapes[kernel].K, columns = shapes[kernel].columns;
   switch (shapes[kernel].stage) {
     case WALK: return FKDA_BACKWARD_WALK_SHARED(K, stages_in(device->block_shared, K));
     case GRADIENTS:
-      return FKDA_BACKWARD_GRADIENTS_SHARED(K, columns, gradients_stages(device, K, columns));
+      return FKDA_BACKWARD_GRADIENTS_SHARED(K, columns,
+                                            FKDA_BACKWARD_GRADIENTS_STAGES(device->major));
     default: return 0;
   }
 }
@@ -183,7 +180,7 @@ static int64_t gradients_blocks(const fkda_cuda_device *device,
                                 const fkda_portable_backward_params *params) {
   const fkda_problem *p = &params->problem;
   const int64_t all = params->rows * p->HV;
-  const bool loop = gradients_stages(device, (int32_t)p->K, (int32_t)p->V) > 1;
+  const bool loop = FKDA_BACKWARD_GRADIENTS_STAGES(device->major) > 1;
   return loop && device->processors < all ? device->processors : all;
 }
 

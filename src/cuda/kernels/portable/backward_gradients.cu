@@ -52,14 +52,11 @@ constexpr bool FOR_ALL = true;
 #else
 constexpr bool FOR_ALL = false;
 #endif
-template <int K, int V>
-__device__ constexpr int stages() {
 #ifdef __CUDA_ARCH__
-  return FKDA_BACKWARD_GRADIENTS_STAGES(__CUDA_ARCH__ / 100, K, V);
+constexpr int STAGES = FKDA_BACKWARD_GRADIENTS_STAGES(__CUDA_ARCH__ / 100);
 #else
-  return 1;
+constexpr int STAGES = 1;
 #endif
-}
 
 __device__ __forceinline__ void wait_for_copies() {
   cute::cp_async_fence();
@@ -70,22 +67,38 @@ __device__ __forceinline__ void wait_for_copies() {
 /* The gradients of a block of tokens and value head. */
 struct GradientsTask {
   Block block; /* no tokens: nobody's */
-  int row, head;
+  uint32_t id; /* row * HV + head: its place in each part of the workspace */
+  int head, qk_head;
+  int64_t q, k, g, d_out; /* first elements */
 };
 __device__ __forceinline__ uint32_t tasks_of(const Backward &x) {
   return (uint32_t)x.rows * heads_of(x.problem);
 }
+__device__ __forceinline__ char *place_of(char *part, int64_t size, uint32_t id) {
+  return part + id * size;
+}
 __device__ __forceinline__ GradientsTask task_of(const Backward &x, uint32_t id) {
   GradientsTask task = {};
-  task.row = (int)(id / heads_of(x.problem)), task.head = (int)(id % heads_of(x.problem));
-  if (id >= tasks_of(x) || !find_block(x.problem, task.row, task.block)) task.block.tokens = 0;
+  task.id = id;
+  task.head = (int)(id % heads_of(x.problem));
+  const fkda_problem &p = x.problem;
+  const Block &block = task.block;
+  if (id >= tasks_of(x) || !find_block(p, id / heads_of(p), task.block)) {
+    task.block.tokens = 0;
+    return task;
+  }
+  task.qk_head = qk_head_of(p, task.head);
+  task.q = row_of(p.q, block.span, block.t, task.qk_head);
+  task.k = row_of(p.k, block.span, block.t, task.qk_head);
+  task.g = row_of(p.g, block.span, block.t, task.head);
+  task.d_out = row_of(p.d_out, block.span, block.t, task.head);
   return task;
 }
 
 /* Shared memory of a task. */
 template <int K, int V>
 struct GradientsShared {
-  static constexpr int STAGES = stages<K, V>(), COLUMNS = K / 16; /* warps side by side */
+  static constexpr int COLUMNS = K / 16; /* warps side by side */
   bf16 q[BLOCK_TOKENS * K], k[BLOCK_TOKENS * K];
   union {
     struct {
@@ -123,6 +136,7 @@ struct GradientsShared {
   float P_diagonal[BLOCK_TOKENS]; /* weight of q_i k_i */
   float d_beta[BLOCK_TOKENS];
   GradientsTask task, coming; /* STAGES 2: `coming` will be here when `task` is done */
+  float exp_A, bias[K];
   int levels;    /* not 0: one anchor for 16 tokens does not do */
   uint32_t zero; /* a number that the compiler does not know */
 };
@@ -159,7 +173,6 @@ __device__ __forceinline__ float gate_back(const fkda_problem &p, float raw, flo
 
 template <int K, int V>
 struct Gradients {
-  static constexpr int STAGES = stages<K, V>();
   /* Whether a block does more than one task. The image for sm_80 does whatever the number of blocks is: where it is the only one,
    * the host may think of Hopper's. */
   static constexpr bool LOOP = STAGES > 1 || FOR_ALL;
@@ -210,7 +223,6 @@ struct Gradients {
   }
 
   __device__ __forceinline__ int head() const { return s.task.head; }
-  __device__ __forceinline__ int64_t row() const { return s.task.row; }
 
   /* Two of the numbers of the half's tokens. */
   __device__ __forceinline__ float2 of_tokens(const float *vector, int n) const {
@@ -223,29 +235,30 @@ struct Gradients {
     load_square_transposed(r, tile, (SQUARES * half + square) * (K / 16) + warp);
   }
 
-  /* A task's rows, asynchronously where rows come in pieces. All threads. */
+  /* A part of a task's rows, asynchronously where rows come in pieces. All threads. */
+  enum { OF_Q = 1, OF_K = 2, OF_D_OUT = 4, OF_G = 8, OF_WALKS = 16, OF_LATER = 15, OF_ALL = 31 };
+  template <int PART>
   __device__ __forceinline__ static void load(const Backward &x, Shared &to,
                                               const GradientsTask &task) {
     const fkda_problem &p = x.problem;
-    const Block &block = task.block;
-    const int qk_head = qk_head_of(p, task.head), thread = fresh(threadIdx.x);
-    if (STAGES > 1 && x.aligned_g)
-      load_tile<BLOCK_TOKENS, K, THREADS>(
-          to.g, p.g, row_of(p.g, block.span, block.t, task.head), block.tokens, true, thread);
-    load_tile<BLOCK_TOKENS, K, THREADS>(to.q, p.q, row_of(p.q, block.span, block.t, qk_head),
-                                        block.tokens, x.aligned_q, thread);
-    load_tile<BLOCK_TOKENS, K, THREADS>(to.k, p.k, row_of(p.k, block.span, block.t, qk_head),
-                                        block.tokens, x.aligned_k, thread);
-    load_tile<BLOCK_TOKENS, V, THREADS>(to.d_out, p.d_out,
-                                        row_of(p.d_out, block.span, block.t, task.head),
-                                        block.tokens, x.aligned_d_out, thread);
+    const int tokens = task.block.tokens, thread = fresh(threadIdx.x);
+    if (PART & OF_Q)
+      load_tile<BLOCK_TOKENS, K, THREADS>(to.q, p.q, task.q, tokens, x.aligned_q, thread);
+    if (PART & OF_K)
+      load_tile<BLOCK_TOKENS, K, THREADS>(to.k, p.k, task.k, tokens, x.aligned_k, thread);
+    if (PART & OF_D_OUT)
+      load_tile<BLOCK_TOKENS, V, THREADS>(to.d_out, p.d_out, task.d_out, tokens, x.aligned_d_out,
+                                          thread);
+    if (PART & OF_G && STAGES > 1 && x.aligned_g)
+      load_tile<BLOCK_TOKENS, K, THREADS>(to.g, p.g, task.g, tokens, true, thread);
+    if (!(PART & OF_WALKS)) return;
     const Workspace<K> w(x);
     copy_bytes<BLOCK_TOKENS * V * 2, THREADS>(
         reinterpret_cast<char *>(to.E),
-        Workspace<K>::at(w.differences, w.sizes.differences, task.row, w.heads, task.head), thread);
+        place_of(w.differences, w.sizes.differences, task.id), thread);
     copy_bytes<BLOCK_TOKENS * V * 2, THREADS>(
         reinterpret_cast<char *>(to.dW),
-        Workspace<K>::at(w.d_updates, w.sizes.d_updates, task.row, w.heads, task.head), thread);
+        place_of(w.d_updates, w.sizes.d_updates, task.id), thread);
     using Half = typename Shared::Half;
     static_assert(FKDA_BACKWARD_NORM_K(K) == FKDA_BACKWARD_BETA(K) + offsetof(Half, norm_k) &&
                       FKDA_BACKWARD_NORM_Q(K) == FKDA_BACKWARD_BETA(K) + offsetof(Half, norm_q) &&
@@ -254,7 +267,8 @@ struct Gradients {
                   "a record's end");
     if (thread < 64 && thread % 32 < sizeof(Half) / 16)
       copy_piece(reinterpret_cast<char *>(&to.of[thread / 32]) + thread % 32 * 16,
-                 w.record(task.row, task.head, thread / 32) + FKDA_BACKWARD_BETA(K) +
+                 place_of(w.factors, w.sizes.factors, task.id) +
+                     thread / 32 * FKDA_BACKWARD_RECORD(K) + FKDA_BACKWARD_BETA(K) +
                      thread % 32 * 16,
                  true);
   }
@@ -276,15 +290,14 @@ struct Gradients {
                          : part == 2 ? w.differences
                                      : w.d_updates;
       const int64_t size = part < 2 ? sizes.states : sizes.differences;
-      prefetch(Workspace<K>::at(base, size, task.row, w.heads, task.head), (int)size, lane);
+      prefetch(place_of(base, size, task.id), (int)size, lane);
     } else {
       if (STAGES > 1 && (part != 6 || x.aligned_g)) return;
       const fkda_rows &rows = part == 4 ? p.q : part == 5 ? p.k : part == 6 ? p.g : p.d_out;
-      const int of_head = part < 6 ? qk_head_of(p, task.head) : task.head;
       const int size = rows.dtype == FKDA_F32 ? 4 : 2, bytes = (part == 7 ? V : K) * size;
       if (!rows.data) return;
-      const char *from = static_cast<const char *>(rows.data) +
-                         row_of(rows, block.span, block.t, of_head) * size;
+      const int64_t first = part == 4 ? task.q : part == 5 ? task.k : part == 6 ? task.g : task.d_out;
+      const char *from = static_cast<const char *>(rows.data) + first * size;
       for (int i = lane; i < block.tokens; i += 32)
         for (int line = 0; line < bytes; line += 128)
           prefetch(from + i * rows.stride_t * size + line);
@@ -378,7 +391,7 @@ struct Gradients {
   /* A and B operands of 16 value rows of S and dS lie as they are needed, 16 bytes a lane; AHEAD of them on their way. */
   static constexpr int AHEAD = 2;
   __device__ __forceinline__ const uint4 *states_of(char *part, int64_t size) const {
-    return reinterpret_cast<const uint4 *>(Workspace<K>::at(part, size, row(), p.HV, head())) +
+    return reinterpret_cast<const uint4 *>(place_of(part, size, s.task.id)) +
            warp * (V / 16) * 32 + lane;
   }
   __device__ __forceinline__ void load_states(uint4 (&S)[AHEAD], uint4 (&dS)[AHEAD]) {
@@ -481,10 +494,23 @@ struct Gradients {
     else
       load_gates_as<bf16>(g);
   }
-  __device__ __forceinline__ float bias_of(int h) const {
-    return p.dt_bias.data
-               ? load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)head() * K + channel(h))
-               : 0.0f;
+  __device__ __forceinline__ float bias_of(int h) const { return s.bias[channel(h)]; }
+  /* The head's parameters of the gate: on their way, a channel a thread, then to shared memory. */
+  struct Parameters {
+    float bias, A;
+  };
+  __device__ __forceinline__ static Parameters load_parameters(const fkda_problem &p, int head) {
+    Parameters y = {0, 0};
+    const int thread = fresh(threadIdx.x);
+    if (thread < K && p.dt_bias.data)
+      y.bias = load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)head * K + thread);
+    if (thread == 0 && p.A_log.data) y.A = load_float(p.A_log.data, p.A_log.dtype, head);
+    return y;
+  }
+  __device__ __forceinline__ static void keep_parameters(Shared &to, const Parameters &y) {
+    const int thread = fresh(threadIdx.x);
+    if (thread < K) to.bias[thread] = y.bias;
+    if (thread == 0) to.exp_A = expf(y.A); /* 1 without A_log */
   }
 
   /* (2) of the raw gates in G, and its running sums. True if a half of 16 tokens leaves the anchor's range. */
@@ -495,7 +521,7 @@ struct Gradients {
   }
   template <int MODE>
   __device__ __forceinline__ bool sum_gates_as() {
-    const float exp_A = exp_A_of(p, head());
+    const float exp_A = s.exp_A;
     bool over = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -951,7 +977,7 @@ struct Gradients {
   /* (28), (20): D becomes the gradient by the raw gate; the sum over tokens by the bias too. Returns what A_log gets. */
   template <int MODE>
   __device__ __forceinline__ float finish_gates_as() {
-    const float exp_A = exp_A_of(p, head());
+    const float exp_A = s.exp_A;
     float sum_A = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -1002,7 +1028,7 @@ struct Gradients {
     __syncthreads();
     const Workspace<K> w(x);
     float *sums =
-        reinterpret_cast<float *>(Workspace<K>::at(w.sums, w.sizes.sums, row(), w.heads, head()));
+        reinterpret_cast<float *>(place_of(w.sums, w.sizes.sums, s.task.id));
     const uint32_t thread = threadIdx.x + opaque_zero();
     if (thread < K) sums[thread] = s.sum_bias[0][thread] + s.sum_bias[1][thread];
     if (thread == 0) {
@@ -1083,30 +1109,40 @@ struct Gradients {
       static_cast<bf16 *>(p.d_beta.data)[at] = __float2bfloat16_rn(d);
   }
 
-  /* STAGES 2: asks for the rows of the task that comes next, and for its states. */
-  __device__ __forceinline__ static void load_coming(const Backward &x, Shared &to) {
-    const GradientsTask task = to.coming;
-    if (threadIdx.x == 0) to.task = task, to.levels = 0;
-    if (task.block.tokens > 0) load(x, to, task);
+  /* STAGES 2: begins with the next task: its states into the second-level cache, its first rows, parameters on their way. */
+  __device__ __forceinline__ static Parameters begin(const Backward &x, Shared &next) {
+    const GradientsTask task = next.coming;
+    if (threadIdx.x == 0) next.task = task, next.levels = 0;
+    if (task.block.tokens <= 0) return {};
+    const Parameters parameters = load_parameters(x.problem, task.head);
     prefetch_task(x, task);
+    load<OF_WALKS>(x, next, task);
+    return parameters;
+  }
+  /* Asks for a part of the rows of a task that has begun. */
+  template <int PART>
+  __device__ __forceinline__ static void load_next(const Backward &x, Shared &next) {
+    if (STAGES > 1 && next.task.block.tokens > 0) load<PART>(x, next, next.task);
   }
 
-  /* A task. STAGES 2: its rows are there; those of the next one are asked for, and `after` comes here when this is done. Else its
-   * rows are still to be loaded, and those of `after` are asked into the second-level cache. */
+  /* A task. STAGES 2: its rows are there; those of the next one are asked for, bit by bit (more at once than the first-level cache
+   * has room for would hold everybody up), and `after` comes here when this is done. Else its rows are still to be loaded,
+   * and those of `after` are asked into the second-level cache. */
   __device__ __forceinline__ void run(Shared &next, uint32_t after) {
     uint4 S[AHEAD], dS[AHEAD];
     if (STAGES > 1) {
       load_states(S, dS);
-      load_gates(G);
-      load_coming(x, next);
+      const Parameters parameters = begin(x, next);
       if (threadIdx.x == THREADS - 1) s.coming = task_of(x, after);
+      keep_parameters(next, parameters);
     } else {
       load_gates(G); /* what is needed first */
-      load(x, s, s.task);
+      const Parameters parameters = load_parameters(p, head());
+      load<OF_ALL>(x, s, s.task);
       load_states(S, dS);
-    }
-    if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) s.levels = 1;
-    if (STAGES == 1) {
+      keep_parameters(s, parameters);
+      __syncthreads();
+      if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) s.levels = 1;
       wait_for_copies();
       prefetch_task(x, task_of(x, after));
     }
@@ -1114,24 +1150,31 @@ struct Gradients {
     float late[TILES][4],
         early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
     meet_states(late, early, S, dS);
+    if (STAGES > 1) {
+      load_gates(G);
+      if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) s.levels = 1;
+    }
     __syncthreads(); /* the pairs' weights are there */
+    load_next<OF_Q | OF_K>(x, next);
     store_beta();
     if (half)
       start_sums<1>(late, early);
     else
       start_sums<0>(late, early);
     __syncthreads();
+    load_next<OF_D_OUT>(x, next);
     sum_pairs();
+    load_next<OF_G>(x, next);
     finish_keys();
     const bool gates = p.d_g.data || p.d_A_log.data || p.d_dt_bias.data;
     float *part_q = nullptr, *part_k = nullptr;
     if (p.HV > p.H) {
-      part_q = reinterpret_cast<float *>(Workspace<K>(x).record(row(), head(), 0));
+      part_q = reinterpret_cast<float *>(place_of(x.workspace, Workspace<K>(x).sizes.factors, s.task.id));
       part_k = part_q + BLOCK_TOKENS * K;
     }
     if (GATES_EARLY && gates) load_gates(G);
-    store(q, p.d_q, qk_head_of(p, head()), x.aligned_d_q, part_q);
-    store(k, p.d_k, qk_head_of(p, head()), x.aligned_d_k, part_k);
+    store(q, p.d_q, s.task.qk_head, x.aligned_d_q, part_q);
+    store(k, p.d_k, s.task.qk_head, x.aligned_d_k, part_k);
     if (gates) {
       if (!GATES_EARLY) load_gates(G);
       finish_gates();
@@ -1145,14 +1188,14 @@ template <int K>
 __device__ __forceinline__ void leave(const Backward &x, const GradientsTask &task) {
   const Workspace<K> w(x);
   float *sums = reinterpret_cast<float *>(
-      Workspace<K>::at(w.sums, w.sizes.sums, task.row, w.heads, task.head));
+      place_of(w.sums, w.sizes.sums, task.id));
   for (int i = threadIdx.x; i <= K; i += FKDA_BACKWARD_GRADIENTS_THREADS(K)) sums[i] = 0;
 }
 
 /* From memory: there are no registers for it. */
 template <class Shared>
-__device__ __forceinline__ uint32_t next_of(const Backward &x, const Shared &s) {
-  return (uint32_t)s.task.row * heads_of(x.problem) + (uint32_t)s.task.head + gridDim.x;
+__device__ __forceinline__ uint32_t next_of(const Shared &s) {
+  return s.task.id + gridDim.x;
 }
 
 template <int K, int V>
@@ -1160,14 +1203,13 @@ __device__ __forceinline__ void gradients(const Backward &x) {
   extern __shared__ __align__(128) char memory[];
   using Task = Gradients<K, V>;
   using Shared = typename Task::Shared;
-  constexpr int STAGES = Task::STAGES;
   static_assert(STAGES * sizeof(Shared) <= FKDA_BACKWARD_GRADIENTS_SHARED(K, V, STAGES),
                 "shared memory");
   Shared *const stages = reinterpret_cast<Shared *>(memory);
   uint32_t id = blockIdx.x;
   if (STAGES == 1) {
 #pragma unroll 1
-    for (; id < tasks_of(x); id = next_of(x, *stages)) {
+    for (; id < tasks_of(x); id = next_of(*stages)) {
       const GradientsTask task = task_of(x, id);
       __syncthreads(); /* the task before has left */
       if (threadIdx.x == 0) stages->task = task, stages->zero = 0, stages->levels = 0;
@@ -1184,7 +1226,9 @@ __device__ __forceinline__ void gradients(const Backward &x) {
     for (int i = 0; i < STAGES; ++i)
       stages[i].zero = 0, stages[i].coming = task_of(x, id + i * gridDim.x);
   __syncthreads();
-  Task::load_coming(x, *stages);
+  Task::keep_parameters(*stages, Task::begin(x, *stages));
+  __syncthreads();
+  Task::template load_next<Task::OF_LATER>(x, *stages);
   uint32_t stage = 0;
 #pragma unroll 1
   for (; id < tasks_of(x); id += gridDim.x, stage ^= 1) {
@@ -1194,8 +1238,10 @@ __device__ __forceinline__ void gradients(const Backward &x) {
     if (s.task.block.tokens > 0) {
       Task(x, s).run(next, after);
     } else {
-      Task::load_coming(x, next);
+      Task::keep_parameters(next, Task::begin(x, next));
       if (threadIdx.x == 0) s.coming = task_of(x, after);
+      __syncthreads();
+      Task::template load_next<Task::OF_LATER>(x, next);
       leave<K>(x, s.task);
     }
   }

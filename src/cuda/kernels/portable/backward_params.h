@@ -114,14 +114,13 @@ FKDA_HOST_DEVICE static inline int64_t fkda_portable_backward_workspace(int64_t 
 #define FKDA_BACKWARD_WALK_STAGE(K) (FKDA_BACKWARD_RECORD_BYTES(K) + 64 * FKDA_BACKWARD_WALK_PART)
 #define FKDA_BACKWARD_WALK_SHARED(K, stages) ((stages)*FKDA_BACKWARD_WALK_STAGE(K))
 
-/* fkda_portable_backward_gradients_k<K>_v<V>: rows * HV tasks. With one stage a block each; with two, where the device (its major
- * compute capability) has 227 KB of shared memory and the compiler registers enough, a block for each processor, which does
- * them one after the other. */
+/* fkda_portable_backward_gradients_k<K>_v<V>: rows * HV tasks. With one stage a block each; with two, on devices (by their
+ * major compute capability) with enough shared memory and for which the compiler finds registers enough, a block for each
+ * processor, which does them one after the other. */
 #define FKDA_BACKWARD_GRADIENTS_THREADS(K) (4 * (K))
-#define FKDA_BACKWARD_GRADIENTS_STAGES(major, K, V)                                                \
-  ((major) == 9 || ((major) == 10 && (K) <= (V)) ? 2 : 1)
+#define FKDA_BACKWARD_GRADIENTS_STAGES(major) ((major) == 9 ? 2 : 1)
 #define FKDA_BACKWARD_GRADIENTS_STAGE(K, V)                                                        \
-  (256 * (K) + 384 * (V) + ((K) > (V) ? 12 * (K) + 512 : 0) + 10240 + 40 * (K) + 1728)
+  (256 * (K) + 384 * (V) + ((K) > (V) ? 12 * (K) + 512 : 0) + 10240 + 44 * (K) + 1824)
 #define FKDA_BACKWARD_GRADIENTS_SHARED(K, V, stages)                                               \
   ((stages) * (FKDA_BACKWARD_GRADIENTS_STAGE(K, V) + ((stages) > 1 ? 128 * (K) : 0)))
 
