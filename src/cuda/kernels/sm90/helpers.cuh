@@ -29,13 +29,14 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
   const bool first_lane = fresh_lane() == 0; /* works alone, except for dealing */
   Dealer<S> dealer(problem_of(params), shared);
   Ring<S::SLOTS> ring;
+  int count = 0;
 #pragma unroll 1
   for (int i = 0;; ++i) {
     while (dealer.lacks()) dealer.prepare();
     const int64_t place = dealer.next();
     Task &task = shared.tasks[i % TASKS];
     if (first_lane) {
-      wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
+      if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
       start_task(params, shared, place, task);
       arrive(shared.task_full[i % TASKS]);
     }
@@ -48,19 +49,23 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
 #pragma unroll 1
       for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
         const Barrier &full = shared.slot_full[ring.stage];
-        wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
-        constexpr int GATES = S::GATE_BYTES == 2 ? 1 : 2; /* boxes */
-        full.arrive_and_expect_tx(S::SLICES * TILE * (1 + queries + GATES));
+        if (count < S::SLOTS)
+          ++count;
+        else
+          wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
+        full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
         char *slot = shared.slots[ring.stage];
-#pragma unroll 1
-        for (int channel = 0; channel < S::K; channel += 64, slot += S::SLICE)
-#pragma unroll 1
-          for (int box = queries ? 0 : 1; box < 2 + GATES; ++box) { /* q, k, g: so lie their maps */
-            const int at = box < 2 ? (box ? SLICE_K : SLICE_Q)
-                                   : (GATES == 1 ? SLICE_G : SLICE_G32 + (box - 2) * TILE);
-            load_box((&params.q)[min(box, 2)], full, slot + at, channel + (box == 3 ? 32 : 0),
-                     token, box < 2 ? qk_head : head, b);
+#pragma unroll
+        for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
+          load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
+          if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
+          if (S::GATE_BYTES == 2) {
+            load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
+          } else {
+            load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
+            load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
           }
+        }
       }
     }
     __syncwarp();
