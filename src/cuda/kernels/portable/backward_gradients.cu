@@ -236,7 +236,7 @@ struct Gradients {
   }
 
   /* A part of a task's rows, asynchronously where rows come in pieces. All threads. */
-  enum { OF_Q = 1, OF_K = 2, OF_D_OUT = 4, OF_G = 8, OF_WALKS = 16, OF_LATER = 15, OF_ALL = 31 };
+  enum { OF_Q = 1, OF_K = 2, OF_D_OUT = 4, OF_G = 8, OF_WALKS = 16, OF_ALL = 31 };
   template <int PART>
   __device__ __forceinline__ static void load(const Backward &x, Shared &to,
                                               const GradientsTask &task) {
@@ -496,21 +496,22 @@ struct Gradients {
   }
   __device__ __forceinline__ float bias_of(int h) const { return s.bias[channel(h)]; }
   /* The head's parameters of the gate: on their way, a channel a thread, then to shared memory. */
+  static constexpr int KEEPERS = THREADS / 2; /* the first: of warps that have one job in weigh_pairs() */
   struct Parameters {
     float bias, A;
   };
   __device__ __forceinline__ static Parameters load_parameters(const fkda_problem &p, int head) {
     Parameters y = {0, 0};
-    const int thread = fresh(threadIdx.x);
-    if (thread < K && p.dt_bias.data)
-      y.bias = load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)head * K + thread);
-    if (thread == 0 && p.A_log.data) y.A = load_float(p.A_log.data, p.A_log.dtype, head);
+    const int channel = fresh(threadIdx.x) - KEEPERS;
+    if (0 <= channel && channel < K && p.dt_bias.data)
+      y.bias = load_float(p.dt_bias.data, p.dt_bias.dtype, (int64_t)head * K + channel);
+    if (channel == 0 && p.A_log.data) y.A = load_float(p.A_log.data, p.A_log.dtype, head);
     return y;
   }
   __device__ __forceinline__ static void keep_parameters(Shared &to, const Parameters &y) {
-    const int thread = fresh(threadIdx.x);
-    if (thread < K) to.bias[thread] = y.bias;
-    if (thread == 0) to.exp_A = expf(y.A); /* 1 without A_log */
+    const int channel = fresh(threadIdx.x) - KEEPERS;
+    if (0 <= channel && channel < K) to.bias[channel] = y.bias;
+    if (channel == 0) to.exp_A = expf(y.A); /* 1 without A_log */
   }
 
   /* (2) of the raw gates in G, and its running sums. True if a half of 16 tokens leaves the anchor's range. */
@@ -1109,14 +1110,13 @@ struct Gradients {
       static_cast<bf16 *>(p.d_beta.data)[at] = __float2bfloat16_rn(d);
   }
 
-  /* STAGES 2: begins with the next task: its states into the second-level cache, its first rows, parameters on their way. */
+  /* STAGES 2: begins with the next task: its states into the second-level cache, parameters on their way. */
   __device__ __forceinline__ static Parameters begin(const Backward &x, Shared &next) {
     const GradientsTask task = next.coming;
     if (threadIdx.x == 0) next.task = task, next.levels = 0;
     if (task.block.tokens <= 0) return {};
     const Parameters parameters = load_parameters(x.problem, task.head);
     prefetch_task(x, task);
-    load<OF_WALKS>(x, next, task);
     return parameters;
   }
   /* Asks for a part of the rows of a task that has begun. */
@@ -1130,14 +1130,14 @@ struct Gradients {
    * and those of `after` are asked into the second-level cache. */
   __device__ __forceinline__ void run(Shared &next, uint32_t after) {
     uint4 S[AHEAD], dS[AHEAD];
+    Parameters parameters;
     if (STAGES > 1) {
       load_states(S, dS);
-      const Parameters parameters = begin(x, next);
+      parameters = begin(x, next);
       if (threadIdx.x == THREADS - 1) s.coming = task_of(x, after);
-      keep_parameters(next, parameters);
     } else {
       load_gates(G); /* what is needed first */
-      const Parameters parameters = load_parameters(p, head());
+      parameters = load_parameters(p, head());
       load<OF_ALL>(x, s, s.task);
       load_states(S, dS);
       keep_parameters(s, parameters);
@@ -1147,6 +1147,7 @@ struct Gradients {
       prefetch_task(x, task_of(x, after));
     }
     weigh_pairs();
+    if (STAGES > 1) keep_parameters(next, parameters);
     float late[TILES][4],
         early[TILES][4]; /* dk as the later one and as the earlier one of two tokens */
     meet_states(late, early, S, dS);
@@ -1164,8 +1165,9 @@ struct Gradients {
     __syncthreads();
     load_next<OF_D_OUT>(x, next);
     sum_pairs();
-    load_next<OF_G>(x, next);
+    load_next<OF_WALKS>(x, next);
     finish_keys();
+    load_next<OF_G>(x, next);
     const bool gates = p.d_g.data || p.d_A_log.data || p.d_dt_bias.data;
     float *part_q = nullptr, *part_k = nullptr;
     if (p.HV > p.H) {
@@ -1228,7 +1230,7 @@ __device__ __forceinline__ void gradients(const Backward &x) {
   __syncthreads();
   Task::keep_parameters(*stages, Task::begin(x, *stages));
   __syncthreads();
-  Task::template load_next<Task::OF_LATER>(x, *stages);
+  Task::template load_next<Task::OF_ALL>(x, *stages);
   uint32_t stage = 0;
 #pragma unroll 1
   for (; id < tasks_of(x); id += gridDim.x, stage ^= 1) {
@@ -1241,7 +1243,7 @@ __device__ __forceinline__ void gradients(const Backward &x) {
       Task::keep_parameters(next, Task::begin(x, next));
       if (threadIdx.x == 0) s.coming = task_of(x, after);
       __syncthreads();
-      Task::template load_next<Task::OF_LATER>(x, next);
+      Task::template load_next<Task::OF_ALL>(x, next);
       leave<K>(x, s.task);
     }
   }
