@@ -15,39 +15,49 @@
 
 namespace fkda {
 
-__device__ __forceinline__ int64_t tasks_of_sequence(const fkda_sm90_backward_params &params) {
-  return params.backward.problem.HV * params.value_split * (params.backward.forward ? 2 : 1);
+/* shared.order, longest first. All threads of the block. */
+template <class S>
+__device__ __forceinline__ void order_sequences(const fkda_problem &p, Shared<S> &shared) {
+  if (!is_sorted(p)) return;
+  int *lengths = reinterpret_cast<int *>(shared.slots[0]); /* where q will be */
+  static_assert(sizeof(shared.slots[0]) >= MAX_SORTED * sizeof(int), "scratch");
+  const int N = (int)p.N;
+  for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
+  __syncthreads();
+  sort_sequences(shared, lengths, N);
 }
 
-/* The task that has this place among all; n < 0 where that is -1. Of a sequence backward tasks, which take longer, come first;
- * alone, it begins with as many forward ones as there are blocks too many for them, which then take another forward one. */
+/* The block's i-th task; n < 0 if there is none. Of each sequence backward ones, which take longer, come first. */
 template <class S>
-__device__ void start_task(const fkda_sm90_backward_params &params, const Shared<S> &shared,
-                           int64_t place, Task &task) {
-  task.n = -1;
-  if (place < 0) return;
+__device__ Task deal_task(const fkda_sm90_backward_params &params, const Shared<S> &shared,
+                          int64_t i) {
   const fkda_problem &p = params.backward.problem;
-  const int per_sequence = (int)tasks_of_sequence(params), heads = (int)p.HV * params.value_split;
-  int n = (uint32_t)place / per_sequence;
-  int within = (int)((uint32_t)place - n * per_sequence);
-  if (is_sorted(p)) n = shared.order[n];
-  const int first = p.N == 1 ? max(min((int)gridDim.x, per_sequence) - heads, 0) : 0;
-  const bool backward = within >= first && within < first + heads;
-  if (backward)
-    within -= first;
-  else if (within >= first)
-    within -= heads;
+  const int64_t walks = p.HV * params.value_split;
+  const int64_t per_sequence = walks * (params.backward.forward ? 2 : 1);
+  const int64_t position = dealt_task(i, blockIdx.x, gridDim.x);
+  int64_t n = position / per_sequence;
+  if (n >= p.N) {
+    Task none;
+    none.n = -1;
+    none.chunks = 0;
+    return none;
+  }
+  int within = (int)(position - n * per_sequence);
+  const bool backward = within < walks;
+  if (!backward) within -= (int)walks;
   const int head = within / params.value_split;
-  task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
+  if (is_sorted(p)) n = shared.order[n];
+  Task task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
   task.backward = backward;
   task.skip = false;
   task.chunks = 2 * ((task.length + FKDA_BACKWARD_BLOCK - 1) / FKDA_BACKWARD_BLOCK);
+  return task;
 }
 
 template <class S>
 __device__ __forceinline__ void backward_walk(const fkda_sm90_backward_params &params) {
   Shared<S> &shared = start_block<S>();
-  deal_sequences(params.backward.problem, shared, tasks_of_sequence(params));
+  order_sequences(params.backward.problem, shared);
   fence_async();
   __syncthreads();
   if (threadIdx.x < S::FIRST_FACTOR) {

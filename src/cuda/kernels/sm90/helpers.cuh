@@ -2,73 +2,93 @@
 #ifndef FKDA_CUDA_SM90_HELPERS_CUH
 #define FKDA_CUDA_SM90_HELPERS_CUH
 
-#include "cuda/kernels/sm90/deal.cuh"
+#include "cuda/kernels/sm90/shared.cuh"
 #include "cuda/kernels/sm90/solver.cuh"
 
 namespace fkda {
 
 /* ---- the loader: one warp that publishes tasks and copies their q, k and g in ------------------------------ */
 
-/* The task that has this place among all; n < 0 where that is -1. */
+__device__ __forceinline__ bool is_sorted(const fkda_problem &p) {
+  return p.cu_seqlens.data && p.N <= MAX_SORTED;
+}
+
+/* shared.order of sequences with these lengths. */
 template <class S>
-__device__ void start_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t place,
-                           Task &task) {
-  task.n = -1;
-  if (place < 0) return;
+__device__ void sort_sequences(Shared<S> &shared, const int *lengths, int N) {
+  for (int n = threadIdx.x; n < N; n += S::THREADS) {
+    const int length = lengths[n];
+    int before = 0;
+    for (int m = 0; m < N; ++m) before += lengths[m] > length || (lengths[m] == length && m < n);
+    shared.order[before] = (uint16_t)n;
+  }
+}
+
+/* The i-th of the tasks that are dealt to block `block` of `blocks` back and forth. */
+__device__ __forceinline__ int64_t dealt_task(int64_t i, int block, int blocks) {
+  return i * blocks + (i & 1 ? blocks - 1 - block : block);
+}
+
+/* The block's i-th task; n < 0 if there is none. */
+template <class S>
+__device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t i) {
   const fkda_problem &p = params.problem;
-  const int per_sequence = (int)p.HV * params.value_split;
-  int n = (uint32_t)place / per_sequence;
-  const int within = (int)((uint32_t)place - n * per_sequence), head = within / params.value_split;
+  const int64_t per_sequence = p.HV * params.value_split;
+  const Deal &deal = shared.deal;
+  const bool rest = i >= deal.own;
+  const int64_t position =
+      rest ? deal.rest_begin + i - deal.own : dealt_task(i, blockIdx.x, gridDim.x);
+  if (rest && position >= deal.rest_end) {
+    Task none;
+    none.n = -1;
+    none.chunks = 0;
+    return none;
+  }
+  int64_t n = position / per_sequence;
+  const int within = (int)(position - n * per_sequence), head = within / params.value_split;
   if (is_sorted(p)) n = shared.order[n];
-  task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
+  Task task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
   if (task.skip) task.chunks = 0;
+  return task;
 }
 
 template <class S, class Params>
 __device__ void run_loader(const Params &params, Shared<S> &shared) {
-  const bool first_lane = fresh_lane() == 0; /* works alone, except for dealing */
-  Dealer<S> dealer(problem_of(params), shared);
+  if (fresh_lane() != 0) return;
   Ring<S::SLOTS> ring;
   int count = 0;
 #pragma unroll 1
   for (int i = 0;; ++i) {
-    while (dealer.lacks()) dealer.prepare();
-    const int64_t place = dealer.next();
     Task &task = shared.tasks[i % TASKS];
-    if (first_lane) {
-      if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
-      start_task(params, shared, place, task);
-      arrive(shared.task_full[i % TASKS]);
-    }
-    if (place < 0) break;
-    if (first_lane) { /* a loop as short as can be: what all roles execute fills the instruction cache */
-      const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
-      const bool queries = has_queries<S>(task);
-      const int step = S::WALK && task.backward ? -CHUNK : CHUNK;
-      int64_t token = task.begin + place_of<S>(task, 0) * CHUNK;
+    if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
+    task = deal_task<S>(params, shared, i);
+    arrive(shared.task_full[i % TASKS]);
+    if (task.n < 0) break;
+    const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
+    const bool queries = has_queries<S>(task);
+    int64_t token = task.begin + place_of<S>(task, 0) * CHUNK;
+    const int step = S::WALK && task.backward ? -CHUNK : CHUNK;
 #pragma unroll 1
-      for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
-        const Barrier &full = shared.slot_full[ring.stage];
-        if (count < S::SLOTS)
-          ++count;
-        else
-          wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
-        full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
-        char *slot = shared.slots[ring.stage];
+    for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
+      const Barrier &full = shared.slot_full[ring.stage];
+      if (count < S::SLOTS)
+        ++count;
+      else
+        wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
+      full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
+      char *slot = shared.slots[ring.stage];
 #pragma unroll
-        for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
-          load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
-          if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
-          if (S::GATE_BYTES == 2) {
-            load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
-          } else {
-            load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
-            load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
-          }
+      for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
+        load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
+        if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
+        if (S::GATE_BYTES == 2) {
+          load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
+        } else {
+          load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
+          load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
         }
       }
     }
-    __syncwarp();
   }
 }
 

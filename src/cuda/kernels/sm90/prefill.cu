@@ -26,44 +26,124 @@
 
 namespace fkda {
 
-/* At least what all tasks take, with these value columns a block: their share of a processor; and, since the first so many
- * tasks keep every processor busy so many times, what as many take that are no shorter than the last of them. All threads
- * of the block; `lengths` of sequences, room for two ints. */
-template <class S>
-__device__ int64_t time_of(const fkda_sm90_params &params, const Shared<S> &shared,
-                           const int *lengths, int *sums, int state_groups) {
-  const int N = (int)params.problem.N, processors = params.by_lengths;
-  const int per_sequence = (int)params.problem.HV * (2 / state_groups);
-  __syncthreads();
-  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < N; i += S::THREADS) {
-    const int cost = cost_of(lengths[shared.order[i]], state_groups);
-    atomicMax(&sums[0], cost * (((i + 1) * per_sequence - 1) / processors + 1));
-    atomicAdd(&sums[1], cost);
-  }
-  __syncthreads();
-  const int64_t share = ((int64_t)sums[1] * per_sequence + processors - 1) / processors;
-  return max((int64_t)sums[0], share);
-}
+constexpr int TASK_COST =
+    3; /* chunks: what reading and writing a state takes beside the work on a chunk */
 
 /* Is the launch the one of two that does the call? A block with half of V's columns takes three quarters of the time for a
- * chunk, of which there are twice as many then: worth it where one long sequence would outlast all others. All threads
- * of the block, and of every block alike. */
+ * chunk, of which there are twice as many then: worth it where one long sequence would outlast all others. `lengths` of
+ * p.N sequences; room for two ints behind them. All threads of the block, and of every block alike. */
 template <class S>
-__device__ bool is_meant(const fkda_sm90_params &params, Shared<S> &shared) {
-  int *lengths = scratch(shared), *sums = lengths + MAX_SORTED;
-  const int64_t whole = time_of(params, shared, lengths, sums, 2);
-  const int64_t halves = time_of(params, shared, lengths, sums + 2, 1);
+__device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
+  const int N = (int)params.problem.N;
+  int *sums = lengths + MAX_SORTED, longest = 0, work = 0;
+  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
+  __syncthreads();
+  for (int n = threadIdx.x; n < N; n += S::THREADS) {
+    const int cost = (lengths[n] + CHUNK - 1) / CHUNK + TASK_COST;
+    longest = max(longest, cost), work += cost;
+  }
+  atomicMax(&sums[0], longest);
+  atomicAdd(&sums[1], work);
+  __syncthreads();
+  longest = sums[0];
+  const int64_t share = (sums[1] * params.problem.HV + params.by_lengths - 1) / params.by_lengths;
+  const int64_t whole = 4 * max((int64_t)longest, share),
+                halves = 3 * max((int64_t)longest, 2 * share);
   return (halves < whole) == (params.value_split == 2);
+}
+
+constexpr int MAX_DEALT =
+    8; /* tasks a block, of which loads are added up; more come out even by themselves */
+
+/* shared.deal where short sequences stand beside longer ones: each block gets as many short tasks as lift its load, in chunks, to
+ * a level that is the same for all and just takes all of them. Every block computes the same; ints of its own lie behind
+ * the lengths. All threads of the block. */
+template <class S>
+__device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int *lengths,
+                            int64_t per_sequence) {
+  Deal &deal = shared.deal;
+  const int N = (int)p.N, blocks = gridDim.x, longer = deal.longer;
+  const int64_t dealt = longer * per_sequence, rest = N * per_sequence - dealt;
+  const int64_t work = rest * (TASK_COST + 1);
+  int *loads = reinterpret_cast<int *>(shared.slots[0]) + MAX_SORTED, *levels = loads + S::THREADS;
+  static_assert(sizeof(shared.slots[0]) >= (MAX_SORTED + 2 * S::THREADS) * sizeof(int), "scratch");
+  const int block = threadIdx.x;
+  if (block < blocks) {
+    int load = 0;
+    for (int64_t i = 0, task; (task = dealt_task(i, block, blocks)) < dealt; ++i)
+      load += (lengths[shared.order[task / per_sequence]] + CHUNK - 1) / CHUNK + TASK_COST;
+    loads[block] = load;
+  }
+  __syncthreads();
+  if (block < blocks) {
+    /* What fits below this block's load, and from there on with a part of the blocks: too high a level unless all
+     * that are lower count, and of those the lowest is the right one. */
+    const int load = loads[block];
+    int64_t room = 0;
+    int lower = 0;
+    for (int b = 0; b < blocks; ++b) {
+      if (loads[b] > load) continue;
+      room += load - loads[b];
+      ++lower;
+    }
+    levels[block] = room > work ? INT32_MAX : load + (int)((work - room + lower - 1) / lower);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int64_t before = 0, own = 0, all = 0;
+    int level = INT32_MAX;
+    for (int b = 0; b < blocks; ++b) level = levels[b] < level ? levels[b] : level;
+    for (int b = 0; b < blocks; ++b) {
+      const int room = level > loads[b] ? level - loads[b] : 0;
+      if (b < (int)blockIdx.x) before += room;
+      if (b == (int)blockIdx.x) own = room;
+      all += room;
+    }
+    deal.dealt = dealt;
+    deal.rest_begin = dealt + rest * before / all;
+    deal.rest_end = dealt + rest * (before + own) / all;
+  }
+}
+
+/* shared.order and shared.deal. A sequence's place is the number of those that are longer, or as long and before it.
+ * Lengths lie where q will be. All threads of the block. */
+template <class S>
+__device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shared<S> &shared) {
+  const fkda_problem &p = params.problem;
+  const int64_t per_sequence = p.HV * params.value_split;
+  const int N = (int)p.N;
+  Deal &deal = shared.deal;
+  if (threadIdx.x == 0) deal = {p.N * per_sequence, 0, 0, 0, 0};
+  if (is_sorted(p)) {
+    int *lengths = reinterpret_cast<int *>(shared.slots[0]);
+    for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
+    __syncthreads();
+    if (params.by_lengths && !is_meant<S>(params, lengths)) {
+      if (threadIdx.x == 0) deal.dealt = 0, deal.own = 0;
+      __syncthreads();
+      return;
+    }
+    sort_sequences(shared, lengths, N);
+    __syncthreads();
+    for (int i = threadIdx.x; i < N; i += S::THREADS)
+      if (lengths[shared.order[i]] > CHUNK && (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
+        deal.longer = i + 1;
+    __syncthreads();
+    if (deal.longer && deal.longer < N && gridDim.x <= S::THREADS &&
+        deal.longer * per_sequence <= (int64_t)MAX_DEALT * gridDim.x)
+      share_short(p, shared, lengths, per_sequence);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int64_t rounds = deal.dealt / gridDim.x;
+    deal.own = (int)rounds + (dealt_task(rounds, blockIdx.x, gridDim.x) < deal.dealt);
+  }
 }
 
 template <class S>
 __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   Shared<S> &shared = start_block<S>();
-  deal_sequences(params.problem, shared, params.problem.HV * params.value_split);
-  __syncthreads();
-  if (params.by_lengths && !is_meant(params, shared) && threadIdx.x == 0) shared.deal.tasks = 0;
+  deal_sequences(params, shared);
   fence_async();
   __syncthreads();
   if (threadIdx.x < S::FIRST_FACTOR) {

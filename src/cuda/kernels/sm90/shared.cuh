@@ -76,11 +76,11 @@ constexpr int SLICE_K = 0, SLICE_Q = TILE, SLICE_G = 2 * TILE, SLICE_G32 = 3 * T
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
-/* What there is to do, see deal.cuh. */
+/* Which tasks are the block's. The first `dealt` ones, longest first, go to blocks back and forth; `own` of them are its.
+ * After them it does those from rest_begin to rest_end: short ones, more where the others leave time. */
 struct Deal {
-  int64_t tasks, per_sequence;
-  int32_t longest,
-      work; /* costs of tasks: the highest, and the sum over sequences of one of each */
+  int64_t dealt, rest_begin, rest_end;
+  int32_t own, longer; /* longer: sequences of more than a chunk */
 };
 
 template <class S>
