@@ -209,10 +209,11 @@ struct Gradients {
   }
 
   /* True; but the compiler cannot know, and does not begin with what follows before. It otherwise computes all
-   * exponentials first, for which there are no registers. */
-  __device__ __forceinline__ bool in_turn() const {
+   * exponentials first, for which there are no registers. `n`: another one at each place, or it would know the second time. In
+   * a loop the kernel ends where it is false: what is not computed else would remain from the round before. */
+  __device__ __forceinline__ bool in_turn(int n) const {
     if (!LOOP) return opaque_zero() == 0;
-    if (opaque_zero()) { /* in a loop, what is not computed else must not remain from the round before */
+    if (STAGES > 1 ? x.stages == -1 - n : opaque_zero() != 0) {
       asm volatile("exit;");
       __builtin_unreachable();
     }
@@ -389,7 +390,7 @@ struct Gradients {
   }
 
   /* A and B operands of 16 value rows of S and dS lie as they are needed, 16 bytes a lane; AHEAD of them on their way. */
-  static constexpr int AHEAD = 2;
+  static constexpr int AHEAD = STAGES > 1 ? 4 : 2;
   __device__ __forceinline__ const uint4 *states_of(char *part, int64_t size) const {
     return reinterpret_cast<const uint4 *>(place_of(part, size, s.task.id)) +
            warp * (V / 16) * 32 + lane;
@@ -580,7 +581,7 @@ struct Gradients {
         const uint32_t x = raw[n % 2 * 2 + (i >> 1)];
         return i & 1 ? high_of(x) : low_of(x);
       };
-      if (!in_turn()) break;
+      if (!in_turn(2 * n)) break;
       load_raw(raw, s.k, n / 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) e[i] = exp2_approx(a[i >> 1] - G[n][i]);
@@ -591,7 +592,7 @@ struct Gradients {
         D[n][i] = -element(i) * k[n][i];
         total[i >> 1] -= D[n][i];
       }
-      if (!in_turn()) break;
+      if (!in_turn(2 * n + 1)) break;
 #pragma unroll
       for (int i = 0; i < 4; ++i) e[i] = exp2_approx(G[n][i]);
       if (HALF) put(s.rows[warp][1][0], e);
@@ -707,7 +708,7 @@ struct Gradients {
       const float zero = STAGES > 1 || REST ? __uint_as_float(opaque_zero()) : 0, start[2] = {zero, zero};
 #pragma unroll
       for (int i = 0; i < SQUARES; ++i) {
-        if (!in_turn()) break;
+        if (!in_turn(8 + i + 4 * REST)) break;
         decays<1>(e, i, start);
 #pragma unroll
         for (int of_k = 0; of_k < 2; ++of_k) {
@@ -729,7 +730,7 @@ struct Gradients {
 #pragma unroll
       for (int j = 0; j < SQUARES; ++j) {
         float z[2][4];
-        if (!in_turn()) break;
+        if (!in_turn(10 + j + 4 * REST)) break;
         clear(z);
 #pragma unroll
         for (int i = 0; i < SQUARES; ++i)
@@ -852,7 +853,7 @@ struct Gradients {
         load_square_transposed(r, of_k ? s.M : s.P, own_square(I, I));
         choose(r);
         mma_columns(z[0], z[1], row, r);
-        if (!in_turn()) break;
+        if (!in_turn(16 + of_k)) break;
       }
       add<-1>(k, I, column, e, z);
     }
@@ -871,7 +872,7 @@ struct Gradients {
       level<1, 0, true>(1);
       if (!s.levels) {
         level<0, 0, true>(0);
-        if (in_turn()) level<1, 1, true>(2);
+        if (in_turn(18)) level<1, 1, true>(2);
       }
     }
     level<1, 0, false>(1);
@@ -880,7 +881,7 @@ struct Gradients {
       by_levels<1>();
     } else {
       level<0, 0, false>(0);
-      if (in_turn()) level<1, 1, false>(2);
+      if (in_turn(19)) level<1, 1, false>(2);
     }
   }
 
@@ -1142,7 +1143,7 @@ struct Gradients {
       load_states(S, dS);
       keep_parameters(s, parameters);
       __syncthreads();
-      if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) s.levels = 1;
+      if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) atomicMax(&s.levels, 1);
       wait_for_copies();
       prefetch_task(x, task_of(x, after));
     }
@@ -1153,7 +1154,7 @@ struct Gradients {
     meet_states(late, early, S, dS);
     if (STAGES > 1) {
       load_gates(G);
-      if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) s.levels = 1;
+      if (sum_gates() && p.gate != FKDA_GATE_BOUNDED) atomicMax(&s.levels, 1);
     }
     __syncthreads(); /* the pairs' weights are there */
     load_next<OF_Q | OF_K>(x, next);
