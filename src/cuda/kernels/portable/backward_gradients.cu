@@ -941,6 +941,7 @@ struct Gradients {
     halve<8, 16>(along);
     halve<4, 8>(along);
     halve<2, 4>(along);
+    __syncwarp(); /* `ends` have been read */
 #pragma unroll
     for (int i = 0; i < 2; ++i) /* of [lane / 16][tile lane / 4 % 4][i] */
       s.by_warp[half][warp].parts[lane >> 4][8 * (lane >> 2 & 3) + 2 * (lane & 3) + i] = along[i];
