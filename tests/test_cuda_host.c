@@ -1472,6 +1472,21 @@ SCENARIO(sm90_backward_forced) {
   CHECK_TEXT(backend_of(&a), "sm90");
 }
 
+/* A capture is refused before the kernels are there, and taken after a warm-up, with so many launches and nothing loaded. */
+static void check_capture(const fkda_backward_args *a, int launches) {
+  const int before = fake.launches;
+  stream_of[0].capture = 1;
+  CHECK_FAILS(fkda_backward(a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
+  CHECK_INT(fake.launches, before);
+  stream_of[0].capture = 0;
+  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
+  stream_of[0].capture = 1;
+  const int asked = fake.loads + fake.functions;
+  CHECK_OK(fkda_backward(a));
+  CHECK_INT(fake.launches, before + launches);
+  CHECK_INT(fake.loads + fake.functions, asked);
+}
+
 /* Nothing is launched in a capture before both rows' kernels are there, nor without all the maps. */
 SCENARIO(sm90_backward_capture_and_failure) {
   be_hopper(0);
@@ -1482,16 +1497,7 @@ SCENARIO(sm90_backward_capture_and_failure) {
   CHECK_INT(fake.launches, 5);
   a.backend = NULL;
   give_workspace(&a);
-  stream_of[0].capture = 1;
-  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
-  CHECK_INT(fake.launches, 5);
-  stream_of[0].capture = 0;
-  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
-  stream_of[0].capture = 1;
-  const int asked = fake.loads + fake.functions;
-  CHECK_OK(fkda_backward(&a));
-  CHECK_INT(fake.launches, 11);
-  CHECK_INT(fake.loads + fake.functions, asked);
+  check_capture(&a, 6);
   fake.failing = "cuTensorMapEncodeTiled";
   fake.failure = 1;
   CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE,
@@ -1510,16 +1516,7 @@ SCENARIO(backward_capture_and_failure) {
   CHECK_OK(fkda_prefill(&prefilled)); /* loads prefill's kernels, not these */
   fkda_backward_args a = backward(1, 2, 4, 64, 64);
   give_workspace(&a);
-  stream_of[0].capture = 1;
-  CHECK_FAILS(fkda_backward(&a), FKDA_ERROR_DEVICE, CAPTURE_MESSAGE);
-  CHECK_INT(fake.launches, 1);
-  stream_of[0].capture = 0;
-  CHECK_OK(fkda_warmup(FKDA_DEVICE_CUDA, 0));
-  stream_of[0].capture = 1;
-  const int asked = fake.loads + fake.functions;
-  CHECK_OK(fkda_backward(&a));
-  CHECK_INT(fake.launches, 6);
-  CHECK_INT(fake.loads + fake.functions, asked);
+  check_capture(&a, 5);
   fake.failing = "cuLaunchKernelEx";
   fake.failure = 700;
   CHECK_FAILS(

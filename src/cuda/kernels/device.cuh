@@ -94,7 +94,6 @@ __device__ __forceinline__ int fresh(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-__device__ __forceinline__ int fresh_thread() { return fresh(threadIdx.x); }
 __device__ __forceinline__ int fresh_warp() { return fresh(threadIdx.x / 32); }
 __device__ __forceinline__ int fresh_lane() { return fresh(threadIdx.x & 31); }
 

@@ -1,7 +1,5 @@
-/* What the walks leave in the workspace of the backward for the gradients: where, and in which order of elements.
- *
- * Tiles of bf16 lie in 8 x 8 matrices of 128 contiguous bytes, four of them (the upper two, the lower two) to
- * a square of 16 x 16, squares by rows. */
+/* What the walks leave in the workspace of the backward for the gradients: where, and in which order of elements. Tiles
+ * and squares are those of backward.cuh. */
 #ifndef FKDA_CUDA_PORTABLE_BACKWARD_WORKSPACE_CUH
 #define FKDA_CUDA_PORTABLE_BACKWARD_WORKSPACE_CUH
 

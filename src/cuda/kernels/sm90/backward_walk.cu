@@ -5,27 +5,12 @@
  * (walk.cuh) hold S going forward, its gradient going backward, and leave in the workspace what the gradients' launch reads.
  * The backward direction has the queries, d_out for v, d_v for o, and leaves the norms and beta; the forward
  * direction needs no query. */
-#include <cutlass/arch/reg_reconfig.h>
-
 #include "cuda/kernels/sm90/walk_params.cuh"
 
-#include "cuda/kernels/sm90/factors.cuh"
-#include "cuda/kernels/sm90/helpers.cuh"
+#include "cuda/kernels/sm90/roles.cuh"
 #include "cuda/kernels/sm90/walk.cuh"
 
 namespace fkda {
-
-/* shared.order, longest first. All threads of the block. */
-template <class S>
-__device__ __forceinline__ void order_sequences(const fkda_problem &p, Shared<S> &shared) {
-  if (!is_sorted(p)) return;
-  int *lengths = reinterpret_cast<int *>(shared.slots[0]); /* where q will be */
-  static_assert(sizeof(shared.slots[0]) >= MAX_SORTED * sizeof(int), "scratch");
-  const int N = (int)p.N;
-  for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
-  __syncthreads();
-  sort_sequences(shared, lengths, N);
-}
 
 /* The block's i-th task; n < 0 if there is none. Of each sequence backward ones, which take longer, come first. */
 template <class S>
@@ -57,19 +42,14 @@ __device__ Task deal_task(const fkda_sm90_backward_params &params, const Shared<
 template <class S>
 __device__ __forceinline__ void backward_walk(const fkda_sm90_backward_params &params) {
   Shared<S> &shared = start_block<S>();
-  order_sequences(params.backward.problem, shared);
+  const fkda_problem &p = params.backward.problem;
+  if (is_sorted(p)) {
+    const int N = (int)p.N;
+    sort_sequences(shared, read_lengths(p, shared, N), N);
+  }
   fence_async();
   __syncthreads();
-  if (threadIdx.x < S::FIRST_FACTOR) {
-    cutlass::arch::warpgroup_reg_alloc<S::STATE_REGISTERS>();
-    run_walk<S>(params.backward, shared);
-  } else if (threadIdx.x < S::FIRST_HELPER) {
-    cutlass::arch::warpgroup_reg_dealloc<S::FACTOR_REGISTERS>();
-    run_factors<S>(params, shared);
-  } else {
-    cutlass::arch::warpgroup_reg_dealloc<S::HELPER_REGISTERS>();
-    run_helpers<S>(params, shared);
-  }
+  run_roles(params, shared, [&] { run_walk<S>(params.backward, shared); });
 }
 
 }  // namespace fkda

@@ -13,13 +13,14 @@ __device__ __forceinline__ void group_sync(int group) {
   cutlass::arch::NamedBarrier::sync(128, group);
 }
 
+enum Queries { NO_QUERIES, QUERIES, QUERIES_WITH_NORM };
+
 /* (2), (8) over one slot, in place of k, q, g: K' = k e^{G-m}, Q' = q e^{G-m}, K^ = k e^{m-G}, m being G after the
  * chunk's first half. A thread owns two channels and one half; it walks away from the anchor, so that its sum
  * of gates is the exponent: 15, 14, .. 0 before the anchor (without the token's own gate), 16, 17, .. 31
  * behind it (with it). Row 15 ^ t or 16 ^ t is token t of the walk, so that all its addresses are one
  * address xor a constant, and the two rows that a warp touches at once lie in different banks. `norm` of walks: that of
  * the lane's token, which goes into Q'. */
-enum Queries { NO_QUERIES, QUERIES, QUERIES_WITH_NORM };
 template <class S, int MODE, Queries WITH>
 __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane,
                                                const Gate (&gate)[2], float (&sum)[2],
@@ -111,14 +112,16 @@ __device__ __noinline__ void clear_rows(char *slot, int left, bool direct) {
     }
 }
 
-/* group_sync(): does `mine` hold for any of its threads? */
-__device__ __forceinline__ bool group_sync_or(int group, bool mine) {
+/* Does `mine` hold for any of the threads that share the barrier? */
+template <int THREADS = 128>
+__device__ __forceinline__ int group_sync_or(int group, bool mine) {
   int any;
   asm volatile(
-      "{\n .reg .pred p, q;\n setp.ne.b32 p, %2, 0;\n barrier.cta.red.or.pred q, %1, 128, p;\n"
+      "{\n .reg .pred p, q;\n setp.ne.b32 p, %2, 0;\n barrier.cta.red.or.pred q, %1, %3, p;\n"
       " selp.b32 %0, 1, 0, q;\n}"
       : "=r"(any)
-      : "r"(group + (int)cutlass::arch::NamedBarrier::ReservedNamedBarrierCount), "r"((int)mine)
+      : "r"(group + (int)cutlass::arch::NamedBarrier::ReservedNamedBarrierCount), "r"((int)mine),
+        "n"(THREADS)
       : "memory");
   return any;
 }
@@ -240,7 +243,7 @@ __device__ __forceinline__ void factors_by_levels(const Params &params, Shared<S
   }
 }
 
-/* scale/|q| (1) or scale of a token of walks. */
+/* scale/|q| (1) or scale of a token. */
 template <class S>
 __device__ __forceinline__ float norm_of(const fkda_problem &p,
                                          const typename Shared<S>::Tokens &tokens, int token) {
@@ -458,13 +461,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
         }
         arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]);
       } else if (has_queries<S>(task)) { /* P = lower(Q' K^^T) */
-        if (!S::WALK && warp == 3) {
-          const float scale = (float)p.scale;
-          float squared = (float)FKDA_L2NORM_EPS;
-#pragma unroll
-          for (int slice = 0; slice < S::SLICES; ++slice) squared += tokens.square[slice][lane];
-          to.norm_q[lane] = p.l2norm ? scale * rsqrtf(squared) : scale;
-        }
+        if (!S::WALK && warp == 3) to.norm_q[lane] = norm_of<S>(p, tokens, lane);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int i = 16 * (warp - 2) + g + 8 * h;

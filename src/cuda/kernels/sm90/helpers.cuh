@@ -13,7 +13,17 @@ __device__ __forceinline__ bool is_sorted(const fkda_problem &p) {
   return p.cu_seqlens.data && p.N <= MAX_SORTED;
 }
 
-/* shared.order of sequences with these lengths. */
+/* The lengths of the N sequences, where q will be. All threads of the block. */
+template <class S>
+__device__ __forceinline__ int *read_lengths(const fkda_problem &p, Shared<S> &shared, int N) {
+  int *lengths = reinterpret_cast<int *>(shared.slots[0]);
+  static_assert(sizeof(shared.slots[0]) >= MAX_SORTED * sizeof(int), "scratch");
+  for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
+  __syncthreads();
+  return lengths;
+}
+
+/* shared.order of sequences with these lengths, longest first. */
 template <class S>
 __device__ void sort_sequences(Shared<S> &shared, const int *lengths, int N) {
   for (int n = threadIdx.x; n < N; n += S::THREADS) {

@@ -18,10 +18,7 @@
  * Norms (1) are factors of rows and columns, applied in f32 after the products: operands are rounded from
  * the raw bf16 k once, so that nearly collinear keys stay collinear (docs/math.md).
  */
-#include <cutlass/arch/reg_reconfig.h>
-
-#include "cuda/kernels/sm90/factors.cuh"
-#include "cuda/kernels/sm90/helpers.cuh"
+#include "cuda/kernels/sm90/roles.cuh"
 #include "cuda/kernels/sm90/state.cuh"
 
 namespace fkda {
@@ -106,7 +103,7 @@ __device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int 
 }
 
 /* shared.order and shared.deal. A sequence's place is the number of those that are longer, or as long and before it.
- * Lengths lie where q will be. All threads of the block. */
+ * All threads of the block. */
 template <class S>
 __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shared<S> &shared) {
   const fkda_problem &p = params.problem;
@@ -115,9 +112,7 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
   Deal &deal = shared.deal;
   if (threadIdx.x == 0) deal = {p.N * per_sequence, 0, 0, 0, 0};
   if (is_sorted(p)) {
-    int *lengths = reinterpret_cast<int *>(shared.slots[0]);
-    for (int n = threadIdx.x; n < N; n += S::THREADS) lengths[n] = (int)clamped_span(p, n).length;
-    __syncthreads();
+    int *lengths = read_lengths(p, shared, N);
     if (params.by_lengths && !is_meant<S>(params, lengths)) {
       if (threadIdx.x == 0) deal.dealt = 0, deal.own = 0;
       __syncthreads();
@@ -146,16 +141,7 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   deal_sequences(params, shared);
   fence_async();
   __syncthreads();
-  if (threadIdx.x < S::FIRST_FACTOR) {
-    cutlass::arch::warpgroup_reg_alloc<S::STATE_REGISTERS>();
-    run_state<S>(params.problem, shared);
-  } else if (threadIdx.x < S::FIRST_HELPER) {
-    cutlass::arch::warpgroup_reg_dealloc<S::FACTOR_REGISTERS>();
-    run_factors<S>(params, shared);
-  } else {
-    cutlass::arch::warpgroup_reg_dealloc<S::HELPER_REGISTERS>();
-    run_helpers<S>(params, shared);
-  }
+  run_roles(params, shared, [&] { run_state<S>(params.problem, shared); });
 }
 
 }  // namespace fkda

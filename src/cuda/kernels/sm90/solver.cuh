@@ -173,6 +173,7 @@ __device__ __forceinline__ bool nearly_parallel(const float (&L)[CHUNK][CHUNK + 
 template <class S, class Handover>
 __device__ __forceinline__ void keep_in_record(const fkda_sm90_params &, const Task &, int,
                                                const Handover &, int) {}
+
 /* A warp: every SOLVERS-th chunk. */
 template <class S, class Params>
 __device__ void solve(const Params &params, Shared<S> &shared, int solver) {

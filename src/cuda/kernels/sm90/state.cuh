@@ -295,12 +295,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         fence(w_low);
         if (ALONE) fence(a);
         cute::warpgroup_arrive();
-        multiply<Major::MN>(x, w_low, T_high, false);
-        multiply<Major::MN>(x, w_low + 4, T_high + 64, true);
-        multiply<Major::MN>(x, w, T_low, true);
-        multiply<Major::MN>(x, w + 4, T_low + 64, true);
-        multiply<Major::MN>(x, w, T_high, true);
-        multiply<Major::MN>(x, w + 4, T_high + 64, true);
+        multiply_by_parts<Major::MN>(x, w, w_low, T_high, T_low);
         cute::warpgroup_commit_batch();
         if (ALONE) start_queries(slot); /* behind U, which is waited for */
         /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such

@@ -17,6 +17,7 @@
 #include <cute/arch/copy_sm90.hpp>
 
 #include "cuda/kernels/portable/backward_workspace.cuh"
+#include "cuda/kernels/sm90/factors.cuh"
 #include "cuda/kernels/sm90/shared.cuh"
 #include "cuda/kernels/sm90/state.cuh"
 #include "cuda/kernels/sm90/wgmma.cuh"
@@ -180,12 +181,7 @@ struct Walker {
     fence(w);
     fence(w_low);
     cute::warpgroup_arrive();
-    multiply<Major::MN>(y, w_low, T_high, false);
-    multiply<Major::MN>(y, w_low + 4, T_high + 64, true);
-    multiply<Major::MN>(y, w, T_low, true);
-    multiply<Major::MN>(y, w + 4, T_low + 64, true);
-    multiply<Major::MN>(y, w, T_high, true);
-    multiply<Major::MN>(y, w + 4, T_high + 64, true);
+    multiply_by_parts<Major::MN>(y, w, w_low, T_high, T_low);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence(y);
@@ -244,12 +240,7 @@ struct Walker {
     fence(w);
     fence(w_low);
     cute::warpgroup_arrive();
-    multiply<Major::K>(y, w_low, T_high, false);
-    multiply<Major::K>(y, w_low + 4, T_high + 2, true);
-    multiply<Major::K>(y, w, T_low, true);
-    multiply<Major::K>(y, w + 4, T_low + 2, true);
-    multiply<Major::K>(y, w, T_high, true);
-    multiply<Major::K>(y, w + 4, T_high + 2, true);
+    multiply_by_parts<Major::K>(y, w, w_low, T_high, T_low);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence(y);
@@ -298,15 +289,7 @@ struct Walker {
 
   /* To all that read it, from any of the state groups' threads. */
   __device__ __forceinline__ void report(const Task &task) {
-    int any;
-    asm volatile(
-        "{\n .reg .pred p, q;\n setp.ne.b32 p, %1, 0;\n barrier.cta.red.or.pred q, %2, %3, p;\n"
-        " selp.b32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"((int)failed),
-          "r"(S::FACTOR_GROUPS + (int)cutlass::arch::NamedBarrier::ReservedNamedBarrierCount),
-          "n"(32 * S::STATE_WARPS)
-        : "memory");
+    const int any = group_sync_or<32 * S::STATE_WARPS>(S::FACTOR_GROUPS, failed);
     if (threadIdx.x) return;
     uint32_t *flags = x.redo + (task.n * x.problem.HV + task.head) * FKDA_BACKWARD_REDO;
     static_assert(FKDA_BACKWARD_REDO == 4, "two directions, two parts");

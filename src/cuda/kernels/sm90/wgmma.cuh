@@ -48,6 +48,20 @@ __device__ __forceinline__ void multiply(float (&d)[16], uint64_t a, uint64_t b,
       a, b, FKDA_D16(0), add ? ScaleOut::One : ScaleOut::Zero);
 }
 
+/* d[64 x 32] = A[64 x 32] B[32 x 32], both in two bf16 parts, of which the low ones do not meet; B a square. */
+template <Major B>
+__device__ __forceinline__ void multiply_by_parts(float (&d)[16], const uint32_t (&high)[8],
+                                                  const uint32_t (&low)[8], uint64_t b_high,
+                                                  uint64_t b_low) {
+  constexpr int HALFWAY = (B == Major::K ? 16 * (int)sizeof(bf16) : 16 * 64) / 16;
+  multiply<B>(d, low, b_high, false);
+  multiply<B>(d, low + 4, b_high + HALFWAY, true);
+  multiply<B>(d, high, b_low, true);
+  multiply<B>(d, high + 4, b_low + HALFWAY, true);
+  multiply<B>(d, high, b_high, true);
+  multiply<B>(d, high + 4, b_high + HALFWAY, true);
+}
+
 #undef FKDA_D16
 #undef FKDA_D4
 
