@@ -125,7 +125,7 @@ __device__ __forceinline__ float exp_A_of(const fkda_problem &p, int head) {
 /* TOKENS rows of COLUMNS columns to a tile, zeros from `tokens` on. In pieces: the copies are asynchronous. */
 template <int TOKENS, int COLUMNS, int THREADS>
 __device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int64_t first,
-                                          int tokens, bool aligned, int thread = threadIdx.x) {
+                                          int tokens, bool aligned, uint32_t thread = threadIdx.x) {
   if (aligned) {
     /* a warp at a time: eight rows of 64 bytes */
     constexpr int WARPS = THREADS / 32, EIGHTS = TOKENS / 8;
@@ -157,7 +157,7 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const fkda_rows &rows, int
 
 /* BYTES of them, from every thread's first piece at constant distances. */
 template <int BYTES, int THREADS>
-__device__ __forceinline__ void copy_bytes(char *to, const char *from, int thread = threadIdx.x) {
+__device__ __forceinline__ void copy_bytes(char *to, const char *from, uint32_t thread = threadIdx.x) {
   constexpr int ROUND = 16 * THREADS;
   static_assert(BYTES % 16 == 0, "pieces");
   to += thread * 16, from += thread * 16;

@@ -192,12 +192,16 @@ struct Gradients {
 
   __device__ __forceinline__ Gradients(const Backward &x, Shared &s)
       : x(x), p(x.problem), s(s), block(s.task.block) {
-    refresh();
+    refresh(0);
   }
-  /* At the beginning of each part: or the compiler holds its addresses in registers from the start. */
-  __device__ __forceinline__ void refresh() {
-    const uint32_t thread = threadIdx.x + opaque_zero();
+  /* At the beginning of each part, with another `n`: or the compiler holds its addresses in registers from the start. */
+  __device__ __forceinline__ void refresh(int n) {
+    const uint32_t thread = thread_again(n);
     half = thread / 32 / COLUMNS, warp = thread / 32 % COLUMNS, lane = thread % 32;
+  }
+  /* From a parameter, it is there sooner than from shared memory. */
+  __device__ __forceinline__ uint32_t thread_again(int n) const {
+    return threadIdx.x + (STAGES > 1 ? x.stages == -100 - n : opaque_zero());
   }
   __device__ __forceinline__ void load_square(uint32_t (&r)[4], const bf16 *tile,
                                               int square) const {
@@ -242,7 +246,8 @@ struct Gradients {
   __device__ __forceinline__ static void load(const Backward &x, Shared &to,
                                               const GradientsTask &task) {
     const fkda_problem &p = x.problem;
-    const int tokens = task.block.tokens, thread = fresh(threadIdx.x);
+    const int tokens = task.block.tokens;
+    const uint32_t thread = fresh(threadIdx.x);
     if (PART & OF_Q)
       load_tile<BLOCK_TOKENS, K, THREADS>(to.q, p.q, task.q, tokens, x.aligned_q, thread);
     if (PART & OF_K)
@@ -279,7 +284,7 @@ struct Gradients {
                                                        const GradientsTask &task) {
     constexpr int PARTS = 8;
     const fkda_problem &p = x.problem;
-    const int thread = fresh(threadIdx.x), part = thread / 32, lane = thread % 32;
+    const uint32_t thread = fresh(threadIdx.x); const int part = thread / 32, lane = thread % 32;
     const Block &block = task.block;
     if (part >= PARTS || block.tokens <= 0) return;
     if (part < 4) {
@@ -330,7 +335,7 @@ struct Gradients {
 
   /* (24), (23)'s d_beta. */
   __device__ __forceinline__ void weigh_pairs() {
-    refresh();
+    refresh(1);
     const int turned = (lane & 7) | (lane & 8) << 1 | (lane & 16) >> 1; /* A operand by rows */
 #pragma unroll 1
     for (int job = threadIdx.x / 32; job < 20; job += WARPS) {
@@ -396,7 +401,7 @@ struct Gradients {
            warp * (V / 16) * 32 + lane;
   }
   __device__ __forceinline__ void load_states(uint4 (&S)[AHEAD], uint4 (&dS)[AHEAD]) {
-    refresh();
+    refresh(2);
     const Workspace<K> w(x);
     const uint4 *from = states_of(w.states, w.sizes.states);
     const uint4 *d_from = states_of(w.d_states, w.sizes.d_states);
@@ -407,7 +412,7 @@ struct Gradients {
   /* (25), and the last term of (28). */
   __device__ __forceinline__ void meet_states(float (&late)[TILES][4], float (&early)[TILES][4],
                                               uint4 (&S)[AHEAD], uint4 (&dS)[AHEAD]) {
-    refresh();
+    refresh(3);
     const Workspace<K> w(x);
     const uint4 *from = states_of(w.states, w.sizes.states) + AHEAD * 32;
     const uint4 *d_from = states_of(w.d_states, w.sizes.d_states) + AHEAD * 32;
@@ -560,7 +565,7 @@ struct Gradients {
   /* The terms of (28) with states; operands for the pairs over the middle of the block. */
   template <int HALF>
   __device__ __forceinline__ void start_sums(float (&late)[TILES][4], float (&early)[TILES][4]) {
-    refresh();
+    refresh(20 + HALF);
     float a[2], other[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) other[h] = exp2_approx(s.whole[1 - half][channel(h)]);
@@ -700,7 +705,7 @@ struct Gradients {
   /* The pairs over the middle of the block. REST: what the columns' rounding has left out. */
   template <bool REST>
   __device__ __forceinline__ void middle() {
-    refresh();
+    refresh(22 + REST);
     uint32_t f[4], r[4];
     float e[2][4];
     if (half) {
@@ -753,7 +758,7 @@ struct Gradients {
 
   /* The rests in place of the columns of the first half. */
   __device__ __forceinline__ void put_rests() {
-    refresh();
+    refresh(6);
     float end[2], e[2][4];
     anchor(end, fresh(TILES - 1));
 #pragma unroll
@@ -768,7 +773,7 @@ struct Gradients {
   /* The pairs of the warp's square I with its square J, the anchor at the end of a tile. REST as above. */
   template <int I, int J, bool REST>
   __device__ __forceinline__ void level(int tile) {
-    refresh();
+    refresh(24 + 4 * I + 2 * J + REST);
     uint32_t column[4], row[4], r[4];
     float a[2], y[2][4], z[2][4], e[2][4];
     anchor(a, REST ? fresh(tile) : tile);
@@ -802,7 +807,7 @@ struct Gradients {
    * differ, and have their anchor there. */
   template <int I>
   __device__ __forceinline__ void by_levels() {
-    refresh();
+    refresh(40 + I);
 #pragma unroll 1
     for (int width = 8; width; width /= 2) {
       float e[2][4], middle[2];
@@ -898,7 +903,7 @@ struct Gradients {
 
   /* Gradients by raw q and k: the diagonal of P, then (19). */
   __device__ __forceinline__ void finish_keys() {
-    refresh();
+    refresh(9);
     float along[16]; /* [q, k][tile][e] */
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i) {
@@ -947,7 +952,7 @@ struct Gradients {
       s.by_warp[half][warp].parts[lane >> 4][8 * (lane >> 2 & 3) + 2 * (lane & 3) + i] = along[i];
     __syncthreads();
     if (!p.l2norm) return;
-    const int thread = threadIdx.x + opaque_zero();
+    const int thread = thread_again(51);
     if (thread < 2 * BLOCK_TOKENS) {
       const int of_k = thread / BLOCK_TOKENS, token = thread % BLOCK_TOKENS;
       float sum = 0;
@@ -1017,7 +1022,7 @@ struct Gradients {
     return sum_A;
   }
   __device__ __forceinline__ void finish_gates() {
-    refresh();
+    refresh(10);
     float sum_A;
     if (p.gate == FKDA_GATE_BOUNDED)
       sum_A = finish_gates_as<FKDA_GATE_BOUNDED>();
@@ -1032,7 +1037,7 @@ struct Gradients {
     const Workspace<K> w(x);
     float *sums =
         reinterpret_cast<float *>(place_of(w.sums, w.sizes.sums, s.task.id));
-    const uint32_t thread = threadIdx.x + opaque_zero();
+    const uint32_t thread = thread_again(52);
     if (thread < K) sums[thread] = s.sum_bias[0][thread] + s.sum_bias[1][thread];
     if (thread == 0) {
       float sum = 0;
@@ -1048,7 +1053,7 @@ struct Gradients {
     float *out = reinterpret_cast<float *>(&s);
     static_assert(sizeof(float) * BLOCK_TOKENS * OUT_PITCH<K> <= offsetof(Shared, g), "rows");
     if (!to.data) return;
-    refresh();
+    refresh(11);
     if (to.dtype == FKDA_BF16 && aligned && !part) {
       store_pieces(y,
                    static_cast<bf16 *>(to.data) +
@@ -1096,7 +1101,7 @@ struct Gradients {
   }
 
   __device__ __forceinline__ void store_beta() const {
-    const uint32_t token = threadIdx.x + opaque_zero();
+    const uint32_t token = thread_again(53);
     if (!p.d_beta.data || token >= block.tokens) return;
     const int64_t t = block.t + token;
     float d = s.d_beta[token];
