@@ -711,8 +711,8 @@ SCENARIO(sm90_launch) {
     int split;
     const char *entry;
   } cases[] = {
-      {1, 2, 2, "fkda_sm90_prefill_k128_v64"},
-      {1, 66, 2, "fkda_sm90_prefill_k128_v64"},
+      {1, 2, 2, "fkda_sm90_prefill_k128_v64_pair"},
+      {1, 66, 2, "fkda_sm90_prefill_k128_v64_pair"},
       {1, 68, 1, "fkda_sm90_prefill_k128_v128"},
       {3, 96, 1, "fkda_sm90_prefill_k128_v128"},
   };
@@ -732,7 +732,9 @@ SCENARIO(sm90_launch) {
     CHECK_INT(info.threads, blocks);
     CHECK_INT(info.workspace_size, 0);
     CHECK_OK(fkda_prefill(&a));
-    check_launch(cases[i].entry, blocks, FKDA_SM90_PREFILL_THREADS, FKDA_SM90_PREFILL_SHARED);
+    check_launch(cases[i].entry, blocks,
+                 split == 2 ? FKDA_SM90_PAIR_THREADS : FKDA_SM90_PREFILL_THREADS,
+                 FKDA_SM90_PREFILL_SHARED);
     CHECK(fake.launch.stream == &stream_of[0]);
     CHECK_INT(fake.maps, 5 * (i + 1));
     const fkda_sm90_params p = sm90_params();
@@ -782,9 +784,12 @@ SCENARIO(sm90_by_lengths) {
     CHECK_OK(fkda_prefill(&a));
     CHECK_INT(fake.launches - launches, cases[i].launches);
     CHECK_INT(fake.maps - maps, 5);
-    const bool both = cases[i].launches == 2, halves = both || V == 64 || 2 * N * HV <= 132;
-    check_launch(halves ? "fkda_sm90_prefill_k128_v64" : "fkda_sm90_prefill_k128_v128",
-                 2 * N * HV < 132 ? (unsigned)(2 * N * HV) : 132, FKDA_SM90_PREFILL_THREADS,
+    const bool both = cases[i].launches == 2, halves = V == 128 && (both || 2 * N * HV <= 132);
+    check_launch(halves    ? "fkda_sm90_prefill_k128_v64_pair"
+                 : V == 64 ? "fkda_sm90_prefill_k128_v64"
+                           : "fkda_sm90_prefill_k128_v128",
+                 2 * N * HV < 132 ? (unsigned)(2 * N * HV) : 132,
+                 halves ? FKDA_SM90_PAIR_THREADS : FKDA_SM90_PREFILL_THREADS,
                  FKDA_SM90_PREFILL_SHARED);
     const fkda_sm90_params p = sm90_params();
     CHECK_INT(p.value_split, both || (V == 128 && 2 * N * HV <= 132) ? 2 : 1);

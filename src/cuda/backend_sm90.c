@@ -19,10 +19,14 @@ static const fkda_cuda_capabilities capabilities = {90, 90};
   {IMAGE, "fkda_sm90_prefill_k" #K "_v" #part #suffix},
 #define SHAPE(K, part, gate_dtype, bounded, suffix) {K, part, gate_dtype, bounded},
 
-static const fkda_cuda_kernel table[] = {FKDA_SM90_PREFILL_LIST(KERNEL)};
+/* The pairs' kernels behind those of single blocks. */
+static const fkda_cuda_kernel table[] = {FKDA_SM90_PREFILL_LIST(KERNEL)
+                                             FKDA_SM90_PAIR_LIST(KERNEL)};
 static const struct {
   int32_t K, part, gate_dtype, bounded;
-} shapes[] = {FKDA_SM90_PREFILL_LIST(SHAPE)};
+} shapes[] = {FKDA_SM90_PREFILL_LIST(SHAPE) FKDA_SM90_PAIR_LIST(SHAPE)};
+#define ONE(...) +1
+#define SINGLES (0 FKDA_SM90_PREFILL_LIST(ONE))
 
 #define KERNELS ((int32_t)(sizeof table / sizeof table[0]))
 
@@ -33,14 +37,19 @@ static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
 
 static fkda_cuda_kernels kernels = {.kernels = table, .count = KERNELS, .shared = shared_of};
 
-/* supports() and plan() let nothing come here that has no kernel. */
-static int32_t kernel_of(const fkda_problem *p, int64_t part) {
+static int32_t find(const fkda_problem *p, int64_t part, int32_t i, int32_t end) {
   const bool bounded = p->gate == FKDA_GATE_BOUNDED;
-  int32_t i = 0;
-  while (shapes[i].K != p->K || shapes[i].part != part || shapes[i].gate_dtype != p->g.dtype ||
-         shapes[i].bounded != bounded)
+  while (i < end && (shapes[i].K != p->K || shapes[i].part != part ||
+                     shapes[i].gate_dtype != p->g.dtype || shapes[i].bounded != bounded))
     ++i;
   return i;
+}
+
+/* Of blocks that do V / split columns, in pairs where there is such a kernel. supports() and plan() let nothing come here that
+ * has no kernel. */
+static int32_t kernel_of(const fkda_problem *p, int64_t split) {
+  const int32_t pair = split == 2 ? find(p, p->V / 2, SINGLES, KERNELS) : KERNELS;
+  return pair < KERNELS ? pair : find(p, p->V / split, 0, SINGLES);
 }
 
 #define ROWS(name, heads, dim) FKDA_CUDA_MAPPED(fkda_sm90_params, name, heads, dim)
@@ -141,11 +150,14 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   const int32_t count = params[0].by_lengths ? 2 : 1;
   for (int32_t i = 0; i < count; ++i) {
     const int64_t split = plan->value_split << i, tasks = plan->tasks << i;
+    const int32_t kernel = kernel_of(p, split);
+    const bool pairs = kernel >= SINGLES;
+    const int32_t most = pairs ? processors / 2 * 2 : processors;
     launches[i] = (fkda_cuda_launch){
         .kernels = &kernels,
-        .kernel = kernel_of(p, p->V / split),
-        .blocks = (uint32_t)(tasks < processors ? tasks : processors),
-        .threads = FKDA_SM90_PREFILL_THREADS,
+        .kernel = kernel,
+        .blocks = (uint32_t)(tasks < most ? tasks : most),
+        .threads = pairs ? FKDA_SM90_PAIR_THREADS : FKDA_SM90_PREFILL_THREADS,
         .params = &params[i],
         .prepare = i ? halve : make_maps,
     };

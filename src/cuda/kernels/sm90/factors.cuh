@@ -269,14 +269,27 @@ __device__ __forceinline__ void decay_operands(const fkda_problem &p, uint32_t s
 /* A token with beta 0 loses what (10) computes for it, of which the gradient by beta is made; with this one nobody sees it. */
 constexpr float LEAST_BETA = 0x1p-60f;
 
+/* Until the place of chunk number `count` may be written. */
+template <class S>
+__device__ __forceinline__ void wait_for_handover(const Shared<S> &shared,
+                                                  const Ring<S::HANDOVERS> &out, uint32_t count) {
+  if (count < S::HANDOVERS) return;
+  if (!S::PAIR) {
+    wait(shared.handover_free[out.stage], out.parity ^ 1);
+  } else if (S::HANDOVERS < S::SLOTS) { /* else with the slot, which the loader has waited for */
+    const uint32_t before = count - S::HANDOVERS;
+    wait(shared.slot_free[before % S::SLOTS], before / S::SLOTS & 1);
+  }
+}
+
 template <class S, class Params>
 __device__ void run_factors(const Params &params, Shared<S> &shared) {
   const fkda_problem &p = problem_of(params);
   const int first = threadIdx.x / 128 - S::STATE_GROUPS;
   Ring<S::SLOTS> ring;
   ring.next(first);
-  int chunk = first;      /* of its task; may lie beyond it, in the next */
-  uint32_t count = first; /* chunks of the block before this one */
+  int chunk = first_chunk<S>(first); /* of its task; may lie beyond it, in the next */
+  uint32_t count = first;            /* chunks that the block makes before this one */
   each_task(shared, [&](const Task &task, int) {
     if (chunk >= task.chunks) {
       chunk -= task.chunks;
@@ -306,8 +319,8 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
     uint32_t raw_beta = (fresh_warp() & 3) == 2 ? load_beta(chunk) : 0;
 
 #pragma unroll 1
-    for (; chunk < task.chunks;
-         chunk += S::FACTOR_GROUPS, count += S::FACTOR_GROUPS, ring.next(S::FACTOR_GROUPS)) {
+    for (; chunk < task.chunks; chunk += S::BLOCKS * S::FACTOR_GROUPS, count += S::FACTOR_GROUPS,
+                                ring.next(S::FACTOR_GROUPS)) {
       float square[16], sum[2] = {0, 0};
       bool by_levels = false;
       { /* what it needs is alive no longer than this: registers are short where chunks go by levels */
@@ -321,7 +334,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
           if (lane >= left) beta = 0;
           if (S::WALK && fabsf(beta) < LEAST_BETA) beta = copysignf(LEAST_BETA, beta);
           tokens.beta[lane] = beta;
-          raw_beta = load_beta(chunk + S::FACTOR_GROUPS);
+          raw_beta = load_beta(chunk + S::BLOCKS * S::FACTOR_GROUPS);
         }
         wait(shared.slot_full[ring.stage], ring.parity);
         const Ring<S::HANDOVERS> out = place_in<S::HANDOVERS>(ring);
@@ -367,7 +380,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
           by_levels = group_sync_or(group, active && !(sum[0] - shift >= -ANCHOR_RANGE &&
                                                        sum[1] - shift >= -ANCHOR_RANGE));
           if (!S::WALK && by_levels) {
-            if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
+            wait_for_handover(shared, out, count);
             float *sums =
                 &(lane < 16 ? to.first_half : to.second_half)[32 * warp + 2 * (lane & 15)];
             if (active) sums[0] = sum[0] - shift, sums[1] = sum[1] - shift;
@@ -392,7 +405,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
       typename Shared<S>::Tokens &tokens =
           shared.tokens[fresh_warp() / 4 - S::STATE_GROUPS][count / S::FACTOR_GROUPS & 1];
       const bool active = 32 * warp < S::K;
-      if (count >= S::HANDOVERS) wait(shared.handover_free[out.stage], out.parity ^ 1);
+      wait_for_handover(shared, out, count);
       if (active) {
         const int channel = 32 * warp + 2 * (lane & 15);
         const float2 decay = make_float2(exp2_approx(sum[0]), exp2_approx(sum[1]));
@@ -459,6 +472,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
               __all_sync(0xffffffffu, cosine > 0.5f); /* two rows and four columns a lane */
           if (lane == 0) to.collinear = any + throughout;
         }
+        if (S::PAIR) fence_async(); /* the handover goes to the other block, too */
         arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]);
       } else if (has_queries<S>(task)) { /* P = lower(Q' K^^T) */
         if (!S::WALK && warp == 3) to.norm_q[lane] = norm_of<S>(p, tokens, lane);

@@ -39,15 +39,31 @@ __device__ __forceinline__ int64_t dealt_task(int64_t i, int block, int blocks) 
   return i * blocks + (i & 1 ? blocks - 1 - block : block);
 }
 
+/* Those to whom tasks are dealt: blocks, or pairs of them. */
+template <class S>
+__device__ __forceinline__ int dealt_to() {
+  return blockIdx.x / S::BLOCKS;
+}
+template <class S>
+__device__ __forceinline__ int dealt_among() {
+  return gridDim.x / S::BLOCKS;
+}
+/* Parts of a head that are dealt each for itself. */
+template <class S>
+__device__ __forceinline__ int dealt_parts(const fkda_sm90_params &params) {
+  return S::PAIR ? 1 : params.value_split;
+}
+
 /* The block's i-th task; n < 0 if there is none. */
 template <class S>
 __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t i) {
   const fkda_problem &p = params.problem;
-  const int64_t per_sequence = p.HV * params.value_split;
+  const int parts = dealt_parts<S>(params);
+  const int64_t per_sequence = p.HV * parts;
   const Deal &deal = shared.deal;
   const bool rest = i >= deal.own;
   const int64_t position =
-      rest ? deal.rest_begin + i - deal.own : dealt_task(i, blockIdx.x, gridDim.x);
+      rest ? deal.rest_begin + i - deal.own : dealt_task(i, dealt_to<S>(), dealt_among<S>());
   if (rest && position >= deal.rest_end) {
     Task none;
     none.n = -1;
@@ -55,9 +71,10 @@ __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &share
     return none;
   }
   int64_t n = position / per_sequence;
-  const int within = (int)(position - n * per_sequence), head = within / params.value_split;
+  const int within = (int)(position - n * per_sequence), head = within / parts;
   if (is_sorted(p)) n = shared.order[n];
-  Task task = make_task(p, n, head, within - head * params.value_split, S::V, CHUNK);
+  const int part = S::PAIR ? cluster_rank() : within - head * parts;
+  Task task = make_task(p, n, head, part, S::V, CHUNK);
   if (task.skip) task.chunks = 0;
   return task;
 }
@@ -67,6 +84,7 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
   if (fresh_lane() != 0) return;
   Ring<S::SLOTS> ring;
   int count = 0;
+  int passed = first_chunk<S>(0); /* of a pair: chunks of the task before the block's first */
 #pragma unroll 1
   for (int i = 0;; ++i) {
     Task &task = shared.tasks[i % TASKS];
@@ -76,10 +94,11 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
     if (task.n < 0) break;
     const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
     const bool queries = has_queries<S>(task);
-    int64_t token = task.begin + place_of<S>(task, 0) * CHUNK;
-    const int step = S::WALK && task.backward ? -CHUNK : CHUNK;
+    int64_t token = task.begin + place_of<S>(task, S::PAIR ? passed : 0) * CHUNK;
+    const int step = S::WALK && task.backward ? -CHUNK : S::BLOCKS * CHUNK;
+    int left = task.chunks - (S::PAIR ? passed : 0);
 #pragma unroll 1
-    for (int left = task.chunks; left > 0; --left, ring.next(), token += step) {
+    for (; left > 0; left -= S::BLOCKS, ring.next(), token += step) {
       const Barrier &full = shared.slot_full[ring.stage];
       if (count < S::SLOTS)
         ++count;
@@ -99,6 +118,7 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
         }
       }
     }
+    passed = -left;
   }
 }
 

@@ -42,10 +42,15 @@ typedef struct fkda_sm90_params {
   FKDA_SM90_PREFILL_SHAPES(X, FKDA_F32, 1, _g32)                                   \
   FKDA_SM90_PREFILL_SHAPES(X, FKDA_BF16, 0, _unbounded)                            \
   FKDA_SM90_PREFILL_SHAPES(X, FKDA_F32, 0, _g32_unbounded)
+/* Of two blocks, a cluster, that do the halves of 128 value columns and share the work on factors: the grid is a
+ * multiple of two. */
+#define FKDA_SM90_PAIR_LIST(X)                                                     \
+  X(128, 64, FKDA_BF16, 1, _pair)
 /* clang-format on */
 
-/* Of every prefill kernel: five warpgroups, and all the shared memory that a block can have. */
+/* Of every prefill kernel: five warpgroups, four in a pair's block, and all the shared memory that a block can have. */
 #define FKDA_SM90_PREFILL_THREADS 640
+#define FKDA_SM90_PAIR_THREADS 512
 #define FKDA_SM90_PREFILL_SHARED 232448
 
 #endif

@@ -59,7 +59,7 @@ template <class S>
 __device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int *lengths,
                             int64_t per_sequence) {
   Deal &deal = shared.deal;
-  const int N = (int)p.N, blocks = gridDim.x, longer = deal.longer;
+  const int N = (int)p.N, blocks = dealt_among<S>(), longer = deal.longer;
   const int64_t dealt = longer * per_sequence, rest = N * per_sequence - dealt;
   const int64_t work = rest * (TASK_COST + 1);
   int *loads = reinterpret_cast<int *>(shared.slots[0]) + MAX_SORTED, *levels = loads + S::THREADS;
@@ -92,8 +92,8 @@ __device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int 
     for (int b = 0; b < blocks; ++b) level = levels[b] < level ? levels[b] : level;
     for (int b = 0; b < blocks; ++b) {
       const int room = level > loads[b] ? level - loads[b] : 0;
-      if (b < (int)blockIdx.x) before += room;
-      if (b == (int)blockIdx.x) own = room;
+      if (b < dealt_to<S>()) before += room;
+      if (b == dealt_to<S>()) own = room;
       all += room;
     }
     deal.dealt = dealt;
@@ -107,8 +107,8 @@ __device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int 
 template <class S>
 __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shared<S> &shared) {
   const fkda_problem &p = params.problem;
-  const int64_t per_sequence = p.HV * params.value_split;
-  const int N = (int)p.N;
+  const int64_t per_sequence = p.HV * dealt_parts<S>(params);
+  const int N = (int)p.N, blocks = dealt_among<S>();
   Deal &deal = shared.deal;
   if (threadIdx.x == 0) deal = {p.N * per_sequence, 0, 0, 0, 0};
   if (is_sorted(p)) {
@@ -124,14 +124,14 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
       if (lengths[shared.order[i]] > CHUNK && (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
         deal.longer = i + 1;
     __syncthreads();
-    if (deal.longer && deal.longer < N && gridDim.x <= S::THREADS &&
-        deal.longer * per_sequence <= (int64_t)MAX_DEALT * gridDim.x)
+    if (deal.longer && deal.longer < N && blocks <= S::THREADS &&
+        deal.longer * per_sequence <= (int64_t)MAX_DEALT * blocks)
       share_short(p, shared, lengths, per_sequence);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int64_t rounds = deal.dealt / gridDim.x;
-    deal.own = (int)rounds + (dealt_task(rounds, blockIdx.x, gridDim.x) < deal.dealt);
+    const int64_t rounds = deal.dealt / blocks;
+    deal.own = (int)rounds + (dealt_task(rounds, dealt_to<S>(), blocks) < deal.dealt);
   }
 }
 
@@ -140,20 +140,30 @@ __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   Shared<S> &shared = start_block<S>();
   deal_sequences(params, shared);
   fence_async();
-  __syncthreads();
+  if (S::PAIR) /* barriers are ready in both blocks */
+    cluster_sync();
+  else
+    __syncthreads();
   run_roles(params, shared, [&] { run_state<S>(params.problem, shared); });
+  if (S::PAIR) cluster_sync(); /* neither ends while the other still copies or arrives */
 }
 
 }  // namespace fkda
 
-#define FKDA_ENTRY(K, part, dtype, bounded, suffix)                                                \
-  extern "C" __global__ void __launch_bounds__(FKDA_SM90_PREFILL_THREADS, 1)                       \
+#define FKDA_ENTRY_OF(K, part, dtype, bounded, suffix, threads, pair, cluster)                     \
+  extern "C" __global__ void cluster __launch_bounds__(threads, 1)                                 \
       fkda_sm90_prefill_k##K##_v##part##suffix(const __grid_constant__ fkda_sm90_params params) {  \
-    using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2, bounded>;                            \
-    static_assert(S::THREADS == FKDA_SM90_PREFILL_THREADS, "threads");                             \
+    using S = fkda::Shape<K, part, dtype == FKDA_F32 ? 4 : 2, bounded, false, pair>;               \
+    static_assert(S::THREADS == threads, "threads");                                               \
     static_assert(                                                                                 \
         sizeof(fkda::Shared<S>) + fkda::ALIGNMENT - fkda::ALIGNED <= FKDA_SM90_PREFILL_SHARED,     \
         "shared memory");                                                                          \
     fkda::prefill<S>(params);                                                                      \
   }
+#define FKDA_ENTRY(K, part, dtype, bounded, suffix)                                                \
+  FKDA_ENTRY_OF(K, part, dtype, bounded, suffix, FKDA_SM90_PREFILL_THREADS, false, )
 FKDA_SM90_PREFILL_LIST(FKDA_ENTRY)
+#define FKDA_PAIR_ENTRY(K, part, dtype, bounded, suffix)                                           \
+  FKDA_ENTRY_OF(K, part, dtype, bounded, suffix, FKDA_SM90_PAIR_THREADS, true,                     \
+                __cluster_dims__(2, 1, 1))
+FKDA_SM90_PAIR_LIST(FKDA_PAIR_ENTRY)

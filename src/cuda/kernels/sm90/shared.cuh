@@ -5,6 +5,7 @@
  *   values    VALUES  copy engine: v       state groups, which leave o there for the copy engine
  *   handover  HANDOVERS factor groups      state groups
  *   tasks     TASKS   the loader           everybody else
+ *   of a pair's other block: FOREIGN more slots and handovers, which that block's solvers fill (cluster.cuh)
  *
  * Every stage of a ring has an mbarrier for "full" and one for "free"; the n-th use of a stage waits for
  * the n-th completion, whose parity is n & 1. Rings run on from task to task: while the state groups finish one,
@@ -13,6 +14,7 @@
 #ifndef FKDA_CUDA_SM90_SHARED_CUH
 #define FKDA_CUDA_SM90_SHARED_CUH
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
@@ -37,25 +39,29 @@ constexpr float SHIFT = 4;
 constexpr float ANCHOR_RANGE = 108.5f;
 constexpr int SOLVERS = 2; /* warps, on alternate chunks */
 
-/* WALK: of the backward's walks. */
-template <int K_, int V_, int GATE_BYTES_, bool BOUNDED_, bool WALK_ = false>
+/* WALK: of the backward's walks. PAIR: two blocks, a cluster, do the two halves of the value columns and share the work on
+ * factors: of all their chunks each makes those whose number has its rank as remainder, for both. */
+template <int K_, int V_, int GATE_BYTES_, bool BOUNDED_, bool WALK_ = false, bool PAIR_ = false>
 struct Shape {
   static constexpr int K = K_, V = V_;           /* V: value columns of the block */
   static constexpr int GATE_BYTES = GATE_BYTES_; /* of an element of g: 2 or 4 */
   static constexpr bool BOUNDED = BOUNDED_;      /* does the gate stay within the anchor's range? */
-  static constexpr bool WALK = WALK_;
+  static constexpr bool WALK = WALK_, PAIR = PAIR_;
+  static constexpr int BLOCKS = PAIR ? 2 : 1; /* that share tasks */
   static constexpr int STATE_GROUPS = V / 64; /* warpgroups */
-  static constexpr int FACTOR_GROUPS = STATE_GROUPS == 2 ? 2 : 3;
+  static constexpr int FACTOR_GROUPS = STATE_GROUPS == 2 || PAIR ? 2 : 3;
   static constexpr int THREADS = 128 * (STATE_GROUPS + FACTOR_GROUPS + 1);
   static constexpr int FIRST_FACTOR = 128 * STATE_GROUPS;
   static constexpr int FIRST_HELPER = FIRST_FACTOR + 128 * FACTOR_GROUPS;
   static constexpr int STATE_WARPS = 4 * STATE_GROUPS;
   static constexpr int CONSUMER_WARPS =
       STATE_WARPS + 4 * FACTOR_GROUPS + SOLVERS + 1; /* of tasks */
-  static constexpr int SLOTS = GATE_BYTES == 2 || K == 64 ? 6 : 4, VALUES = SLOTS / 2;
+  static constexpr int SLOTS = !PAIR && (GATE_BYTES == 2 || K == 64) ? 6 : 4;
+  static constexpr int VALUES = PAIR ? SLOTS : SLOTS / 2;
   /* A handover is held from the squares on, over the solver's time and the state's: as many as slots where memory
    * allows. */
   static constexpr int HANDOVERS = V == 64 && BOUNDED ? SLOTS : SLOTS / 2;
+  static constexpr int FOREIGN = PAIR ? 2 : 0; /* slots and handovers behind those */
   /* Places for L. Those who wait for one must do so in turn, since a barrier tells one phase from the next only: either
    * the same group comes again, or it has waited for the handover of the use before. For the same reason a place has a
    * barrier for each solver that comes to it. */
@@ -65,10 +71,13 @@ struct Shape {
   static constexpr int SLICE = GATE_BYTES == 2 ? 3 * TILE : 5 * TILE;
   static constexpr int SLOT = SLICES * SLICE;
   static constexpr int VALUE = STATE_GROUPS * TILE;
-  /* setmaxnreg shares out what the block was launched with: the sum over its five warpgroups is at most 5 * 96. */
-  static constexpr int STATE_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 136 : 160) : 184;
-  static constexpr int FACTOR_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 72 : 56) : 80;
-  static constexpr int HELPER_REGISTERS = STATE_GROUPS == 2 ? (K == 64 ? 64 : 48) : 56;
+  /* setmaxnreg shares out what the block was launched with: the sum over its five warpgroups is at most 5 * 96, over a
+   * pair's four 4 * 128. */
+  static constexpr int STATE_REGISTERS = PAIR                ? 208
+                                         : STATE_GROUPS == 2 ? (K == 64 ? 136 : 160)
+                                                             : 184;
+  static constexpr int FACTOR_REGISTERS = PAIR ? 112 : STATE_GROUPS == 2 ? (K == 64 ? 72 : 56) : 80;
+  static constexpr int HELPER_REGISTERS = PAIR ? 80 : STATE_GROUPS == 2 ? (K == 64 ? 64 : 48) : 56;
 };
 
 /* Offsets of the tiles of a slice. K^ replaces a g of bf16; one of f32 comes in two tiles of its own. */
@@ -105,9 +114,9 @@ struct Shared {
     float product[S::SLICES][CHUNK]; /* and of q k */
     float beta[CHUNK];               /* (3) */
   };
-  char slots[S::SLOTS][S::SLOT];
+  char slots[S::SLOTS + S::FOREIGN][S::SLOT];
   char values[S::VALUES][S::VALUE];
-  Handover handover[S::HANDOVERS];
+  Handover handover[S::HANDOVERS + S::FOREIGN];
   Tokens tokens[S::FACTOR_GROUPS][2]; /* on alternate chunks of the group */
   float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16]
                  [128];                  /* accumulators, a thread's 16, in chunks by levels */
@@ -116,7 +125,11 @@ struct Shared {
   Barrier L_full[S::SYSTEM_TURNS], L_free[S::SYSTEMS];
   Barrier reloaded[S::BOUNDED ? 0 : S::FACTOR_GROUPS]; /* k and q, in chunks by levels */
   Barrier value_full[S::VALUES], value_out[S::VALUES];
-  Barrier handover_full[S::HANDOVERS], handover_free[S::HANDOVERS];
+  Barrier handover_full[S::HANDOVERS + S::FOREIGN];
+  Barrier
+      handover_free[S::PAIR ? 0 : S::HANDOVERS]; /* a pair gives back slot and handover at once */
+  Barrier has_copy[S::FOREIGN]; /* a pair's other block has what it is to have of the slot: */
+  uint32_t copies[S::FOREIGN];  /* how often that was waited for */
   Barrier task_full[TASKS], task_free[TASKS];
   Task tasks[TASKS]; /* n < 0: there is none any more */
   Deal deal;
@@ -140,6 +153,12 @@ __device__ __forceinline__ Ring<TO> place_in(const Ring<STAGES> &ring) {
   static_assert(TO == STAGES || TO == STAGES / 2, "the ring or half of it");
   const bool second = ring.stage >= TO;
   return {ring.stage - (second ? TO : 0), TO == STAGES ? ring.parity : second};
+}
+
+/* Of the chunks that a warp is the `first` in turn to work on, the first one's number. */
+template <class S>
+__device__ __forceinline__ int first_chunk(int first) {
+  return S::PAIR ? 2 * first + cute::block_rank_in_cluster() : first;
 }
 
 /* The compiler may move memory accesses across neither of these. */
@@ -254,7 +273,7 @@ __device__ __forceinline__ Shared<S> &start_block() {
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::SLOTS; ++i) {
       shared.slot_full[i].init(1);
-      init_warps(shared.slot_free[i], S::STATE_WARPS);
+      init_warps(shared.slot_free[i], S::STATE_WARPS * S::BLOCKS);
     }
     for (int i = 0; i < S::VALUES; ++i) {
       shared.value_full[i].init(1);
@@ -262,7 +281,12 @@ __device__ __forceinline__ Shared<S> &start_block() {
     }
     for (int i = 0; i < S::HANDOVERS; ++i) {
       init_warps(shared.handover_full[i], 4 + 1);
-      init_warps(shared.handover_free[i], S::STATE_WARPS);
+      if (!S::PAIR) init_warps(shared.handover_free[i], S::STATE_WARPS);
+    }
+    for (int i = 0; i < S::FOREIGN; ++i) {
+      shared.handover_full[S::HANDOVERS + i].init(1);
+      shared.has_copy[i].init(1);
+      shared.copies[i] = 0;
     }
     if (!S::BOUNDED)
       for (int i = 0; i < S::FACTOR_GROUPS; ++i) shared.reloaded[i].init(1);

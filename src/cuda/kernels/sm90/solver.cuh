@@ -4,6 +4,7 @@
 
 #include <cute/arch/mma_sm80.hpp>
 
+#include "cuda/kernels/sm90/cluster.cuh"
 #include "cuda/kernels/sm90/shared.cuh"
 
 namespace fkda {
@@ -174,14 +175,35 @@ template <class S, class Handover>
 __device__ __forceinline__ void keep_in_record(const fkda_sm90_params &, const Task &, int,
                                                const Handover &, int) {}
 
+/* Of a pair: the factors of chunk number `count` of the block, once they are complete, to the other block, once that has
+ * given back the places. */
+template <class S>
+__device__ __forceinline__ void give_to_other(Shared<S> &shared, uint32_t count) {
+  constexpr int FOREIGN = S::PAIR ? S::FOREIGN : 1;
+  if (fresh_lane() == 0) {
+    const int slot = count % S::SLOTS, handover = count % S::HANDOVERS, place = count % FOREIGN;
+    wait_idly(shared.handover_full[handover], count / S::HANDOVERS & 1);
+    const uint32_t before = count - FOREIGN;
+    if (count >= FOREIGN) wait_idly(shared.slot_free[before % S::SLOTS], before / S::SLOTS & 1);
+    const uint32_t other = 1 - cluster_rank();
+    const Barrier &full = shared.handover_full[S::HANDOVERS + place];
+    full.arrive_and_expect_tx(sizeof shared.slots[0] + sizeof shared.handover[0], other);
+    copy_to_block(shared.slots[slot], shared.slots[S::SLOTS + place], sizeof shared.slots[0], full,
+                  other);
+    copy_to_block(&shared.handover[handover], &shared.handover[S::HANDOVERS + place],
+                  sizeof shared.handover[0], full, other);
+  }
+  __syncwarp();
+}
+
 /* A warp: every SOLVERS-th chunk. */
 template <class S, class Params>
 __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
-  int chunk = solver;      /* of its task; may lie beyond it, in the next */
-  uint32_t count = solver; /* chunks of the block before this one */
+  int chunk = first_chunk<S>(solver); /* of its task; may lie beyond it, in the next */
+  uint32_t count = solver;            /* chunks that the block makes before this one */
   each_task(shared, [&](const Task &task, int) {
 #pragma unroll 1
-    for (; chunk < task.chunks; chunk += SOLVERS, count += SOLVERS) {
+    for (; chunk < task.chunks; chunk += S::BLOCKS * SOLVERS, count += SOLVERS) {
       const int lane = fresh_lane();
       const int stage = count % S::HANDOVERS;
       const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
@@ -211,6 +233,7 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
       fence_async();
       arrive_warp(shared.L_free[system]);
       arrive_warp(shared.handover_full[S::WALK ? (uint32_t)fresh(count) % S::HANDOVERS : stage]);
+      if (S::PAIR) give_to_other(shared, count);
     }
     chunk -= task.chunks;
   });

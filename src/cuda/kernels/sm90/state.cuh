@@ -5,10 +5,83 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 
+#include "cuda/kernels/sm90/cluster.cuh"
 #include "cuda/kernels/sm90/shared.cuh"
 #include "cuda/kernels/sm90/wgmma.cuh"
 
 namespace fkda {
+
+/* Where a state group finds the chunk that it is at. */
+template <class S, bool PAIR = S::PAIR>
+struct Position {
+  Ring<S::SLOTS> ring;
+  __device__ __forceinline__ int slot() const { return ring.stage; }
+  __device__ __forceinline__ int handover() const { return place_in<S::HANDOVERS>(ring).stage; }
+  __device__ __forceinline__ int value() const { return place_in<S::VALUES>(ring).stage; }
+  __device__ __forceinline__ void next() { ring.next(); }
+  /* Tells its places, to at(), whose result is to be asked for nothing else. */
+  __device__ __forceinline__ int mark() const { return ring.stage; }
+  __device__ __forceinline__ Position at(int mark) const { return {{mark, 0}}; }
+
+  __device__ __forceinline__ void wait_for_factors(const Shared<S> &shared) const {
+    const Ring<S::HANDOVERS> in = place_in<S::HANDOVERS>(ring);
+    wait(shared.handover_full[in.stage], in.parity);
+  }
+  __device__ __forceinline__ void wait_for_values(const Shared<S> &shared) const {
+    const Ring<S::VALUES> in = place_in<S::VALUES>(ring);
+    wait(shared.value_full[in.stage], in.parity);
+  }
+  __device__ __forceinline__ void give_back_slot(const Shared<S> &shared) const {
+    arrive_warp(shared.slot_free[slot()]);
+  }
+  __device__ __forceinline__ void give_back_handover(const Shared<S> &shared) const {
+    arrive_warp(shared.handover_free[handover()]);
+  }
+  /* Before the state groups overwrite what has served: one thread of the block. */
+  __device__ __forceinline__ void overwrite(Shared<S> &) const {}
+};
+
+/* Of a pair: every other chunk is the block's own, the rest come from the other block. Numbers count from 0 on for either. */
+template <class S>
+struct Position<S, true> {
+  static_assert(S::FOREIGN == 2 && S::SLOTS == S::VALUES, "rings");
+  uint32_t chunk = 0, rank = cluster_rank(); /* chunk: of all of the pair's */
+
+  __device__ __forceinline__ bool own() const { return chunk % 2 == rank; }
+  __device__ __forceinline__ uint32_t number() const { return chunk / 2; }
+  __device__ __forceinline__ int slot() const {
+    return own() ? number() % S::SLOTS : S::SLOTS + number() % S::FOREIGN;
+  }
+  __device__ __forceinline__ int handover() const {
+    return own() ? number() % S::HANDOVERS : S::HANDOVERS + number() % S::FOREIGN;
+  }
+  __device__ __forceinline__ int value() const { return chunk % S::VALUES; }
+  __device__ __forceinline__ void next() { ++chunk; }
+  __device__ __forceinline__ int mark() const { return chunk; }
+  __device__ __forceinline__ Position at(int mark) const { return {(uint32_t)mark, rank}; }
+
+  __device__ __forceinline__ void wait_for_factors(const Shared<S> &shared) const {
+    const uint32_t use = own() ? number() / S::HANDOVERS : number() / S::FOREIGN;
+    wait(shared.handover_full[handover()], use & 1);
+  }
+  __device__ __forceinline__ void wait_for_values(const Shared<S> &shared) const {
+    wait(shared.value_full[value()], chunk / S::VALUES & 1);
+  }
+  __device__ __forceinline__ void give_back_slot(const Shared<S> &) const {} /* see below */
+  /* Slot and handover, to the block that has made them. */
+  __device__ __forceinline__ void give_back_handover(const Shared<S> &shared) const {
+    arrive_warp_at(shared.slot_free[number() % S::SLOTS], chunk % 2);
+  }
+  /* The block that made the chunk waits until the other one, which does the same at the same chunk, has its copy. A barrier for
+   * each of two chunks: the other block may be ahead by no more. */
+  __device__ __forceinline__ void overwrite(Shared<S> &shared) const {
+    const int which = number() % S::FOREIGN;
+    if (own())
+      wait(shared.has_copy[which], shared.copies[which]++ & 1);
+    else
+      shared.has_copy[which].arrive(1 - rank);
+  }
+};
 
 /* S[v,k] *= decay[k] */
 template <int K>
@@ -125,7 +198,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         warp / 4 * TILE + in_tile((lane & 7) + ((lane >> 4) << 3), 16 * (warp & 3) + (lane & 8));
   }
   constexpr bool ALONE = S::STATE_GROUPS == 1;
-  Ring<S::SLOTS> ring;
+  Position<S> at;
   each_task(shared, [&](const Task &task, int) {
     const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
     float s[K / 2];
@@ -161,29 +234,27 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     constexpr bool SLOT_LAST = S::FACTOR_GROUPS > S::HANDOVERS;
     /* The last of a chunk: places given back, S decayed to the chunk's end. */
     const auto finish = [&](bool huge) {
-      const int stage = place_in<S::HANDOVERS>(ring).stage;
-      if (!SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
-      decay_state<K>(s, shared.handover[stage].to_end, fresh_lane());
+      if (!SLOT_LAST) at.give_back_slot(shared);
+      decay_state<K>(s, shared.handover[at.handover()].to_end, fresh_lane());
       if (huge) scale_in_place(s, 0x1p96f);
-      arrive_warp(shared.handover_free[stage]);
-      if (SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
+      at.give_back_handover(shared);
+      if (SLOT_LAST) at.give_back_slot(shared);
       left -= CHUNK;
-      ring.next();
+      at.next();
     };
 
     uint32_t a[K / 4]; /* S1 = S e^m, as operand */
     float o[16];
     const auto begin = [&] {
-      const Ring<S::HANDOVERS> in = place_in<S::HANDOVERS>(ring);
-      wait(shared.handover_full[in.stage], in.parity);
-      decay_state<K>(s, shared.handover[in.stage].to_anchor, fresh_lane());
+      at.wait_for_factors(shared);
+      decay_state<K>(s, shared.handover[at.handover()].to_anchor, fresh_lane());
 #pragma unroll
       for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
     };
     /* O, as it is to be, in the place of v. */
-    const auto hand_out = [&](const Ring<S::SLOTS> &from, bool huge) {
-      const int lane = fresh_lane(), place = place_in<S::VALUES>(from).stage;
-      const float *norms = shared.handover[place_in<S::HANDOVERS>(from).stage].norm_q;
+    const auto hand_out = [&](const Position<S> &from, bool huge) {
+      const int lane = fresh_lane(), place = from.value();
+      const float *norms = shared.handover[from.handover()].norm_q;
       char *tile = shared.values[place] + matrix_at;
       uint32_t out[8];
 #pragma unroll
@@ -220,14 +291,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       }
       uint32_t u[8];
       bool huge, halfway, rare;
-      int before = -1; /* the slot of the chunk whose o is still in registers */
+      int before = -1; /* mark of the chunk whose o is still in registers */
       if (ALONE) begin();
 #pragma unroll 1
       for (;;) {
         if (!ALONE) begin();
         const int lane = fresh_lane();
-        const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
-        const int place = uniform(place_in<S::HANDOVERS>(ring).stage);
+        const uint32_t slot = address(shared.slots[uniform(at.slot())]);
+        const int place = uniform(at.handover());
         const typename Shared<S>::Handover &f = shared.handover[place];
         const float guard = f.guard;
 
@@ -242,18 +313,17 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         if (!ALONE) {
           start_queries(slot);
         } else if (before >= 0) {
-          const Ring<S::SLOTS> last = {before, 0};
+          const Position<S> last = at.at(before);
           hand_out(last, false);
-          arrive_warp(shared.handover_free[place_in<S::HANDOVERS>(last).stage]);
-          if (SLOT_LAST) arrive_warp(shared.slot_free[before]);
+          last.give_back_handover(shared);
+          if (SLOT_LAST) last.give_back_slot(shared);
         }
 
         /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
         uint32_t w[8], w_low[8];
         const auto load_v = [&](int i) {
           char *tile =
-              shared.values[S::VALUES == S::HANDOVERS ? place : place_in<S::VALUES>(ring).stage] +
-              matrix_at;
+              shared.values[!S::PAIR && S::VALUES == S::HANDOVERS ? place : at.value()] + matrix_at;
           cute::SM75_U16x8_LDSM_T::copy(
               *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
               w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
@@ -269,8 +339,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
             for (int n = 4 * i; n < 4 * i + 4; ++n)
               seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
         };
-        const Ring<S::VALUES> value = place_in<S::VALUES>(ring);
-        wait(shared.value_full[value.stage], value.parity);
+        at.wait_for_values(shared);
         load_v(0);
         if (ALONE) load_v(1);
         cute::warpgroup_wait<0>();
@@ -384,16 +453,15 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
 #pragma unroll
             for (int n = 0; n < K / 8; ++n)
               end[n] = *reinterpret_cast<const float2 *>(&f.to_end[8 * n + 2 * (lane & 3)]);
-            before = ring.stage;
+            before = at.mark();
             left -= CHUNK;
-            ring.next();
-            const Ring<S::HANDOVERS> next = place_in<S::HANDOVERS>(ring);
-            wait(shared.handover_full[next.stage], next.parity);
-            const float *anchor = shared.handover[next.stage].to_anchor;
+            at.next();
+            at.wait_for_factors(shared);
+            const float *anchor = shared.handover[at.handover()].to_anchor;
             cute::warpgroup_wait<0>();
             fence(s);
             fence(o);
-            if (!SLOT_LAST) arrive_warp(shared.slot_free[before]);
+            if (!SLOT_LAST) at.at(before).give_back_slot(shared);
 #pragma unroll
             for (int n = 0; n < K / 8; ++n) {
               const float2 d = *reinterpret_cast<const float2 *>(&anchor[8 * n + 2 * (lane & 3)]);
@@ -409,32 +477,33 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         } else {
           cute::warpgroup_wait<1>();
           fence(o);
-          hand_out(ring, huge);
+          hand_out(at, huge);
         }
         cute::warpgroup_wait<0>();
         fence(s);
         if (rare) break;
         if (ALONE) {
           fence(o);
-          hand_out(ring, false);
+          hand_out(at, false);
         }
         finish(false);
         if (last) break;
       }
       if (!rare) continue;
 
-      const typename Shared<S>::Handover &f = shared.handover[place_in<S::HANDOVERS>(ring).stage];
+      const typename Shared<S>::Handover &f = shared.handover[at.handover()];
       const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
-      const uint32_t slot = address(shared.slots[uniform(ring.stage)]);
+      const uint32_t slot = address(shared.slots[uniform(at.slot())]);
       if (ALONE) {
         fence(o);
-        hand_out(ring, huge);
+        hand_out(at, huge);
       }
       const bool parallel = f.guard < 0 && !by_levels() && f.collinear == 2;
       uint32_t second[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) second[i] = u[4 + i];
       if (parallel) {
+        if (threadIdx.x == 0) at.overwrite(shared);
         rest_of_keys<S>(p, task, task.length - left, slot);
         const uint64_t rest = tile_descriptor(slot + SLICE_K, S::SLICE);
         uint32_t u_second[4];
