@@ -5,7 +5,8 @@
  *
  * M and P of (9) come from two 16-token squares on the diagonal, each measured from the anchor in its middle, and
  * the square below them, measured from the first half's end, where every exponent is <= 0. Where gates leave
- * the anchor's range the diagonal squares are summed over a tree of anchors as in prefill.cu.
+ * the anchor's range the diagonal squares are summed over a tree of anchors as in prefill.cu. P's diagonal, which no decay
+ * is in, comes from the raw rows: with strong gates little else is left of (22), on which d_beta hangs.
  *
  * In place of (I + A)^-1 it is Z = (I + M diag(beta))^-1 M, by forward substitution in f32:
  *   E = R - Z diag(beta) R of R = V - K~ S^T,   diag(beta)^-1 dV = dU - Z^T diag(beta) dU
@@ -25,7 +26,7 @@ struct FactorsShared {
   bf16 k_late[16 * K], q_late[16 * K];   /* tokens 16..31 from the middle on */
   bf16 k_early[16 * K];                  /* tokens 0..15 up to the middle */
   float M[STEP][STEP + 4];
-  float squares[2][FACTOR_WARPS][STEP]; /* [k, q]: each warp's part of |k|^2, |q|^2 */
+  float squares[3][FACTOR_WARPS][STEP]; /* each warp's part of |k|^2, |q|^2, q k */
   float norm_k[STEP], norm_q[STEP], beta[STEP];
   float neighbours[STEP];                         /* product of a key and the one before */
   uint32_t chunks[FKDA_BACKWARD_FACTORS_THREADS]; /* of heads that are left; 0: of others */
@@ -248,8 +249,11 @@ __device__ __forceinline__ void get_ends(int thread, float (&ends)[4], const Min
     ends[b] = __shfl_sync(0xffffffffu, mine.g[b][c][e], 28 | (thread & 3));
 }
 
+__device__ __forceinline__ void put(bf16 *tile, int place, uint32_t pair) {
+  *reinterpret_cast<uint32_t *>(tile + place) = pair;
+}
 __device__ __forceinline__ void put(bf16 *tile, int place, float a, float b) {
-  *reinterpret_cast<uint32_t *>(tile + place) = pack(a, b);
+  put(tile, place, pack(a, b));
 }
 
 /* (8): tiles of the walks to the record, operands of the triangles to shared memory. LEVELS: those of the diagonal
@@ -319,13 +323,13 @@ __device__ __forceinline__ void make_tiles(int thread, const Mine<K> &mine, Fact
 }
 
 /* The diagonal squares level by level. Two rows i > j part at the highest bit in which they differ; the tokens that
- * this bit splits have their anchor there. Width 0 is the diagonal. */
+ * this bit splits have their anchor there. */
 template <int K>
 __device__ __forceinline__ void multiply_by_levels(int thread, float (&acc)[FACTOR_JOBS][4],
                                                    const Mine<K> &mine, FactorsShared<K> &s) {
   const int warp = thread / 32, lane = thread & 31, token = lane >> 2;
 #pragma unroll 1
-  for (int width = 8; width >= 0; width = width > 1 ? width / 2 : width - 1) {
+  for (int width = 8; width; width /= 2) {
     const int anchor = ((token & ~(2 * width - 1)) + width - 1) & 7;
 #pragma unroll
     for (int c = 0; c < K / 32; ++c) {
@@ -341,21 +345,22 @@ __device__ __forceinline__ void multiply_by_levels(int thread, float (&acc)[FACT
         for (int h = 0; h < 2; ++h) {
           const float g = mine.g[b][c][h];
           const float near = __shfl_sync(0xffffffffu, g, anchor * 4 + (lane & 3));
-          e[h] = width ? exp2_approx(-fabsf(g - (width == 8 ? ends[h][b & 2] : near))) : 1;
+          e[h] = exp2_approx(-fabsf(g - (width == 8 ? ends[h][b & 2] : near)));
         }
-        const uint32_t k = mine.k[b][c], q = mine.q[b][c];
-        const float row0 = after || !width ? e[0] : 0, row1 = after || !width ? e[1] : 0;
-        const float column0 = after ? 0 : e[0], column1 = after ? 0 : e[1];
-        put(s.k_row, place, low_of(k) * row0, high_of(k) * row1);
-        put(s.q_row, place, low_of(q) * row0, high_of(q) * row1);
-        put(s.k_column, place, low_of(k) * column0, high_of(k) * column1);
+        /* q not unpacked before the loop: there are no registers for it */
+        const uint32_t k = mine.k[b][c], q = fresh(mine.q[b][c]);
+        const uint32_t decayed_k = pack(low_of(k) * e[0], high_of(k) * e[1]);
+        const uint32_t decayed_q = pack(low_of(q) * e[0], high_of(q) * e[1]);
+        put(s.k_row, place, after ? decayed_k : 0);
+        put(s.q_row, place, after ? decayed_q : 0);
+        put(s.k_column, place, after ? 0 : decayed_k);
       }
     }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < FACTOR_JOBS; ++n) {
       const FactorJob job(warp, n);
-      if (job.square == 2 && width) continue;
+      if (job.square == 2 && width != 1) continue;
       float part[4] = {0, 0, 0, 0};
       multiply<K>(thread, part, s, job);
 #pragma unroll
@@ -441,23 +446,26 @@ __device__ __forceinline__ void make_factors(int thread, const Backward &x, Fact
   else
     apply_gate<FKDA_GATE_DIRECT>(thread, mine, p, tokens, head);
 
-    /* |k|^2, |q|^2 */
+    /* |k|^2, |q|^2, q k */
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
-    float k2 = 0, q2 = 0;
+    float k2 = 0, q2 = 0, qk = 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const uint32_t k = mine.k[b][c], q = mine.q[b][c];
       k2 = fmaf(low_of(k), low_of(k), fmaf(high_of(k), high_of(k), k2));
       q2 = fmaf(low_of(q), low_of(q), fmaf(high_of(q), high_of(q), q2));
+      qk = fmaf(low_of(q), low_of(k), fmaf(high_of(q), high_of(k), qk));
     }
 #pragma unroll
     for (int width = 1; width < 4; width *= 2) {
       k2 += __shfl_xor_sync(0xffffffffu, k2, width);
       q2 += __shfl_xor_sync(0xffffffffu, q2, width);
+      qk += __shfl_xor_sync(0xffffffffu, qk, width);
     }
     if ((lane & 3) == 0)
-      s.squares[0][warp][8 * b + token] = k2, s.squares[1][warp][8 * b + token] = q2;
+      s.squares[0][warp][8 * b + token] = k2, s.squares[1][warp][8 * b + token] = q2,
+      s.squares[2][warp][8 * b + token] = qk;
   }
 
   /* Running sums over tokens. */
@@ -531,8 +539,8 @@ __device__ __forceinline__ void make_factors(int thread, const Backward &x, Fact
       const float norm = job.of_q ? s.norm_q[r] : s.norm_k[r];
       const float y0 = acc[n][i] * norm * norm_k.x, y1 = acc[n][i + 1] * norm * norm_k.y;
       if (job.of_q) {
-        put(P, tile_at<STEP>(row0 + 4 * i, column0 + 8 * job.half) + lane * 2, r >= column ? y0 : 0,
-            r > column ? y1 : 0);
+        put(P, tile_at<STEP>(row0 + 4 * i, column0 + 8 * job.half) + lane * 2, r > column ? y0 : 0,
+            r > column + 1 ? y1 : 0);
       } else {
         s.M[r][column] = r > column ? y0 : 0;
         s.M[r][column + 1] = r > column + 1 ? y1 : 0;
@@ -542,6 +550,9 @@ __device__ __forceinline__ void make_factors(int thread, const Backward &x, Fact
     }
   }
   __syncthreads();
+  if (thread < STEP)
+    P[tile_at<STEP>(thread, thread)] = __float2bfloat16_rn(
+        squares_of(s.squares[2], thread) * s.norm_q[thread] * s.norm_k[thread]);
   const bool differences = nearly_parallel(thread, s, tokens);
   if (thread == 0) *reinterpret_cast<uint32_t *>(record + FKDA_BACKWARD_PARALLEL(K)) = differences;
   if (differences) make_differences(thread, mine, record);
