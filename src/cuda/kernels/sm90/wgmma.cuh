@@ -11,15 +11,18 @@ namespace fkda {
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
+/* In a cluster, bits 24 and up of an address are the block's rank; descriptors have no room for it. */
+__device__ __forceinline__ uint64_t start_address(uint32_t at) { return at >> 4 & 0x3fff; }
+
 /* Descriptors of operands in shared memory, addresses and strides in 16 bytes. Rows of a tile (128 bytes) or
  * a square (64 bytes) are either the operand's M or N rows (K-major) or its K rows (MN-major); groups
  * of 8 rows lie 1024 or 512 bytes apart. `leading`: from one slice of 64 columns to the next, MN-major. */
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t at, uint32_t leading = 16) {
-  return (uint64_t)(at >> 4) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+  return start_address(at) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
          (uint64_t)1 << 62;
 }
 __device__ __forceinline__ uint64_t square_descriptor(uint32_t at) {
-  return (uint64_t)(at >> 4) | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
+  return start_address(at) | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
 #define FKDA_D4(i) d[i], d[i + 1], d[i + 2], d[i + 3]
