@@ -218,7 +218,7 @@ enum {
   PORTABLE_KERNELS = COUNT(FKDA_PORTABLE_PREFILL_LIST(ONE)) + COUNT(FKDA_PORTABLE_DECODE_LIST(ONE)),
   PORTABLE_IMAGES = 2,
   BACKWARD_KERNELS = 4 * COUNT(FKDA_BACKWARD_BY_K(ONE)) + COUNT(FKDA_BACKWARD_BY_K_V(ONE)),
-  SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE)),
+  SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE) FKDA_SM90_PAIR_LIST(ONE)),
   SM90_IMAGES = 1,
   SM90_BACKWARD_KERNELS = COUNT(FKDA_SM90_BACKWARD_LIST(ONE)),
   KERNELS = PORTABLE_KERNELS + BACKWARD_KERNELS + SM90_KERNELS + SM90_BACKWARD_KERNELS,
@@ -755,6 +755,44 @@ SCENARIO(sm90_launch) {
   CHECK_INT(fake.loads, SM90_IMAGES); /* and nothing of the backward's */
 }
 
+/* Which kernel halves 128 value columns: two blocks of a cluster where g is bfloat16, blocks by themselves else. */
+SCENARIO(sm90_pairs) {
+  static const struct {
+    int64_t K, V;
+    int g, gate;
+    unsigned blocks;
+    const char *entry;
+  } cases[] = {
+      {128, 128, FKDA_BF16, FKDA_GATE_BOUNDED, 4, "fkda_sm90_prefill_k128_v64_pair"},
+      {128, 128, FKDA_BF16, FKDA_GATE_SOFTPLUS, 4, "fkda_sm90_prefill_k128_v64_pair_unbounded"},
+      {64, 128, FKDA_BF16, FKDA_GATE_BOUNDED, 4, "fkda_sm90_prefill_k64_v64_pair"},
+      {64, 128, FKDA_BF16, FKDA_GATE_SOFTPLUS, 4, "fkda_sm90_prefill_k64_v64_pair_unbounded"},
+      {128, 128, FKDA_F32, FKDA_GATE_BOUNDED, 4, "fkda_sm90_prefill_k128_v64_g32"},
+      {128, 128, FKDA_F32, FKDA_GATE_SOFTPLUS, 4, "fkda_sm90_prefill_k128_v64_g32_unbounded"},
+      {64, 128, FKDA_F32, FKDA_GATE_BOUNDED, 4, "fkda_sm90_prefill_k64_v64_g32"},
+      {128, 64, FKDA_BF16, FKDA_GATE_BOUNDED, 2, "fkda_sm90_prefill_k128_v64"},
+      {64, 64, FKDA_BF16, FKDA_GATE_SOFTPLUS, 2, "fkda_sm90_prefill_k64_v64_unbounded"},
+  };
+  be_hopper(0);
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    fkda_prefill_args a = hopper_prefill(1, 2, cases[i].K, cases[i].V);
+    a.g.dtype = cases[i].g;
+    a.gate = cases[i].gate;
+    CHECK_OK(fkda_prefill(&a));
+    check_launch(
+        cases[i].entry, cases[i].blocks,
+        strstr(cases[i].entry, "_pair") ? FKDA_SM90_PAIR_THREADS : FKDA_SM90_PREFILL_THREADS,
+        FKDA_SM90_PREFILL_SHARED);
+  }
+
+  /* An odd number of processors: one is left over. */
+  ((fkda_cuda_device *)(uintptr_t)fkda_cuda_driver_get(NULL, 0)->devices)[0].processors = 7;
+  fkda_prefill_args a = hopper_prefill(1, 12, 128, 128);
+  CHECK_OK(fkda_prefill(&a));
+  check_launch("fkda_sm90_prefill_k128_v64_pair", 6, FKDA_SM90_PAIR_THREADS,
+               FKDA_SM90_PREFILL_SHARED);
+}
+
 /* Where one of many sequences may be long, with whole columns and with halves: the kernels settle which one it is. */
 SCENARIO(sm90_by_lengths) {
   static const struct {
@@ -843,7 +881,7 @@ SCENARIO(sm90_alignment) {
     t->stride[1] = 4 * t->stride[2];
     CHECK_TEXT(backend_of(&a), "sm90");
     CHECK_OK(fkda_prefill(&a));
-    CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+    CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64_pair");
 
     t->stride[1] += 1;
     CHECK_TEXT(backend_of(&a), "portable");
@@ -913,14 +951,14 @@ SCENARIO(sm90_forced) {
   CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
   a.backend = "sm90";
   CHECK_OK(fkda_prefill(&a));
-  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64_pair");
   a.backend = NULL;
   setenv("FLASHKDA_BACKEND", "portable", 1);
   CHECK_OK(fkda_prefill(&a));
   CHECK_TEXT(fake.launch.entry, "fkda_portable_prefill_k128_v32");
   setenv("FLASHKDA_BACKEND", "sm90", 1);
   CHECK_OK(fkda_prefill(&a));
-  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64_pair");
   fkda_decode_args d = decode(1, 2, 128, 128, FKDA_STATE_VK);
   CHECK_FAILS(
       fkda_decode(&d), FKDA_ERROR_UNSUPPORTED,
@@ -950,7 +988,7 @@ SCENARIO(sm90_no_tokens) {
     tensors[i]->data = NULL;
   }
   CHECK_OK(fkda_prefill(&a));
-  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64");
+  CHECK_TEXT(fake.launch.entry, "fkda_sm90_prefill_k128_v64_pair");
   CHECK_INT(fake.maps, 0);
   const fkda_sm90_params p = sm90_params();
   const fkda_tensor_map nothing = {{0}};
@@ -1758,6 +1796,7 @@ int main(void) {
       cmocka_unit_test(test_capabilities),
       cmocka_unit_test(test_mixed_devices),
       cmocka_unit_test(test_sm90_launch),
+      cmocka_unit_test(test_sm90_pairs),
       cmocka_unit_test(test_sm90_by_lengths),
       cmocka_unit_test(test_sm90_strides),
       cmocka_unit_test(test_sm90_alignment),

@@ -20,6 +20,7 @@ ENTRY_POINTS = (ROOT / "src/cuda/kernels/entry_points.txt").read_text().split()
 WHEEL_BIN = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin"
 NEEDED = {"HGMMA": "wgmma", "UTMALDG": "copies into shared memory"}
 NEEDED_IN_PREFILL = {"UTMASTG": "copies out of shared memory"}
+NEEDED_IN_PAIR = {"UBLKCP": "copies from block to block"}
 FORBIDDEN = {"LDL": "loads from local memory", "STL": "stores to local memory"}
 
 
@@ -38,6 +39,7 @@ def parse(text):
 
 def problems_of(entry, opcodes):
     needed = NEEDED | (NEEDED_IN_PREFILL if "_prefill_" in entry else {})
+    needed |= NEEDED_IN_PAIR if "_pair" in entry else {}
     missing = [f"no {name} ({what})" for name, what in needed.items() if name not in opcodes]
     return missing + [
         f"{opcodes.count(name)} {name} ({what})" for name, what in FORBIDDEN.items() if name in opcodes

@@ -45,7 +45,8 @@ typedef struct fkda_sm90_params {
 /* Of two blocks, a cluster, that do the halves of 128 value columns and share the work on factors: the grid is a
  * multiple of two. */
 #define FKDA_SM90_PAIR_LIST(X)                                                     \
-  X(128, 64, FKDA_BF16, 1, _pair)
+  X(64, 64, FKDA_BF16, 1, _pair) X(128, 64, FKDA_BF16, 1, _pair)                   \
+  X(64, 64, FKDA_BF16, 0, _pair_unbounded) X(128, 64, FKDA_BF16, 0, _pair_unbounded)
 /* clang-format on */
 
 /* Of every prefill kernel: five warpgroups, four in a pair's block, and all the shared memory that a block can have. */

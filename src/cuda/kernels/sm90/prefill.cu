@@ -26,8 +26,9 @@ namespace fkda {
 constexpr int TASK_COST =
     3; /* chunks: what reading and writing a state takes beside the work on a chunk */
 
-/* Is the launch the one of two that does the call? A block with half of V's columns takes three quarters of the time for a
- * chunk, of which there are twice as many then: worth it where one long sequence would outlast all others. `lengths` of
+/* Is the launch the one of two that does the call? A block with half of V's columns takes seven tenths of the time for a
+ * chunk in a pair, three quarters alone, and there are twice as many then: worth it where one long sequence would outlast
+ * all others. `lengths` of
  * p.N sequences; room for two ints behind them. All threads of the block, and of every block alike. */
 template <class S>
 __device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
@@ -44,8 +45,9 @@ __device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
   __syncthreads();
   longest = sums[0];
   const int64_t share = (sums[1] * params.problem.HV + params.by_lengths - 1) / params.by_lengths;
-  const int64_t whole = 4 * max((int64_t)longest, share),
-                halves = 3 * max((int64_t)longest, 2 * share);
+  const int half = S::GATE_BYTES == 2 ? 14 : 15; /* with g of bf16 halves are done by pairs */
+  const int64_t whole = 20 * max((int64_t)longest, share),
+                halves = half * max((int64_t)longest, 2 * share);
   return (halves < whole) == (params.value_split == 2);
 }
 

@@ -60,7 +60,7 @@ struct Shape {
   static constexpr int VALUES = PAIR ? SLOTS : SLOTS / 2;
   /* A handover is held from the squares on, over the solver's time and the state's: as many as slots where memory
    * allows. */
-  static constexpr int HANDOVERS = V == 64 && BOUNDED ? SLOTS : SLOTS / 2;
+  static constexpr int HANDOVERS = V == 64 && (BOUNDED || (PAIR && K == 64)) ? SLOTS : SLOTS / 2;
   static constexpr int FOREIGN = PAIR ? 2 : 0; /* slots and handovers behind those */
   /* Places for L. Those who wait for one must do so in turn, since a barrier tells one phase from the next only: either
    * the same group comes again, or it has waited for the handover of the use before. For the same reason a place has a
