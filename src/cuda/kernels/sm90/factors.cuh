@@ -34,7 +34,7 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
   const float unit = MODE == FKDA_GATE_BOUNDED ? gate[0].factor : 1.0f;
   const float step = behind ? unit : -unit;
   sum[0] = sum[1] = SHIFT;
-  constexpr int BATCH = MODE == FKDA_GATE_BOUNDED ? 4 : 2;
+  constexpr int BATCH = S::PAIR ? 2 : MODE == FKDA_GATE_BOUNDED ? 4 : 2;
 #pragma unroll 1
   for (int i = 0; i < HALF; i += BATCH) {
     uint32_t k[BATCH], q[BATCH], g[BATCH];
@@ -78,11 +78,12 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
 /* |q|^2 and q k of 16 rows over the 64 columns of a tile: of 8 rows at a time the diagonals of [q; k] q^T, whose A
  * operand's first rows serve as B operand too. Those of rows lane / 4 and lane / 4 + 8 come to the lanes with
  * lane % 4 == lane / 8. `at`: row lane % 8, column 8 (lane / 16), in q's tile for even lane / 8, else in k's. */
+template <int UNROLL>
 __device__ __forceinline__ void square_rows(uint32_t at, int lane, float (&square)[2],
                                             float (&product)[2]) {
   using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
   float d[2][4] = {};
-#pragma unroll
+#pragma unroll(UNROLL)
   for (int k = 0; k < 64; k += 16)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -349,7 +350,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
         if (queries && warp / 2 < S::SLICES) {
           const int row = 16 * (warp & 1);
           float square[2], product[2];
-          square_rows(slot + warp / 2 * S::SLICE + (lane & 8 ? SLICE_K : SLICE_Q) +
+          square_rows<S::PAIR ? 1 : 4>(slot + warp / 2 * S::SLICE + (lane & 8 ? SLICE_K : SLICE_Q) +
                           in_tile(row + (lane & 7), lane >> 4 << 3),
                       lane, square, product);
           if ((lane & 3) == lane >> 3)

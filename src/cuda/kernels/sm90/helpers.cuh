@@ -79,9 +79,10 @@ __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &share
   return task;
 }
 
+/* The whole warp goes along, with operands that it has in common: the copy engine takes them from uniform registers, which
+ * take a loop of instructions each to fill from one lane's. */
 template <class S, class Params>
 __device__ void run_loader(const Params &params, Shared<S> &shared) {
-  if (fresh_lane() != 0) return;
   Ring<S::SLOTS> ring;
   int count = 0;
   int passed = first_chunk<S>(0); /* of a pair: chunks of the task before the block's first */
@@ -89,32 +90,37 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
   for (int i = 0;; ++i) {
     Task &task = shared.tasks[i % TASKS];
     if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
-    task = deal_task<S>(params, shared, i);
-    arrive(shared.task_full[i % TASKS]);
+    if (fresh_lane() == 0) {
+      task = deal_task<S>(params, shared, i);
+      arrive(shared.task_full[i % TASKS]);
+    }
+    __syncwarp();
     if (task.n < 0) break;
-    const int head = task.head, qk_head = task.qk_head, b = (int)task.b;
+    const int head = uniform(task.head), qk_head = uniform(task.qk_head), b = uniform((int)task.b);
     const bool queries = has_queries<S>(task);
-    int64_t token = task.begin + place_of<S>(task, S::PAIR ? passed : 0) * CHUNK;
+    int token = (int)task.begin + place_of<S>(task, S::PAIR ? passed : 0) * CHUNK;
     const int step = S::WALK && task.backward ? -CHUNK : S::BLOCKS * CHUNK;
     int left = task.chunks - (S::PAIR ? passed : 0);
 #pragma unroll 1
     for (; left > 0; left -= S::BLOCKS, ring.next(), token += step) {
-      const Barrier &full = shared.slot_full[ring.stage];
+      const int stage = uniform(ring.stage), first = uniform(token);
+      const Barrier &full = shared.slot_full[stage];
       if (count < S::SLOTS)
         ++count;
       else
-        wait_idly(shared.slot_free[ring.stage], ring.parity ^ 1);
+        wait_idly(shared.slot_free[stage], ring.parity ^ 1);
+      if (!cute::elect_one_sync()) continue;
       full.arrive_and_expect_tx(S::SLICES * TILE * ((S::GATE_BYTES == 2 ? 2 : 3) + queries));
-      char *slot = shared.slots[ring.stage];
+      char *slot = shared.slots[stage];
 #pragma unroll
       for (int slice = 0; slice < S::SLICES; ++slice, slot += S::SLICE) {
-        load_box(params.k, full, slot + SLICE_K, 64 * slice, token, qk_head, b);
-        if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, token, qk_head, b);
+        load_box(params.k, full, slot + SLICE_K, 64 * slice, first, qk_head, b);
+        if (queries) load_box(params.q, full, slot + SLICE_Q, 64 * slice, first, qk_head, b);
         if (S::GATE_BYTES == 2) {
-          load_box(params.g, full, slot + SLICE_G, 64 * slice, token, head, b);
+          load_box(params.g, full, slot + SLICE_G, 64 * slice, first, head, b);
         } else {
-          load_box(params.g, full, slot + SLICE_G32, 64 * slice, token, head, b);
-          load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, token, head, b);
+          load_box(params.g, full, slot + SLICE_G32, 64 * slice, first, head, b);
+          load_box(params.g, full, slot + SLICE_G32 + TILE, 64 * slice + 32, first, head, b);
         }
       }
     }
@@ -154,33 +160,36 @@ struct ValueMover {
         in_task = next, in_chunk = 0, in_chunks = shared.tasks[next % TASKS].chunks;
         continue;
       }
-      if (fresh_lane() == 0) {
-        const Task &task = shared.tasks[in_task % TASKS];
-        const int stage = in_count % S::VALUES;
+      const Task &task = shared.tasks[in_task % TASKS];
+      const int stage = uniform(in_count) % S::VALUES, column = uniform(task.v_begin);
+      const int token = uniform((int)task.begin + place_of<S>(task, in_chunk) * CHUNK);
+      const int head = uniform(task.head), b = uniform((int)task.b);
+      if (cute::elect_one_sync()) {
         const Barrier &full = shared.value_full[stage];
         full.arrive_and_expect_tx(S::VALUE);
 #pragma unroll
         for (int i = 0; i < S::STATE_GROUPS; ++i)
-          load_box(map_in(params, task), full, shared.values[stage] + i * TILE,
-                   task.v_begin + 64 * i, task.begin + place_of<S>(task, in_chunk) * CHUNK,
-                   task.head, task.b);
+          load_box(map_in(params, task), full, shared.values[stage] + i * TILE, column + 64 * i,
+                   token, head, b);
       }
       ++in_chunk, ++in_count;
     }
   }
 
   __device__ void store(const Task &task, int chunk) {
-    const char *tiles = shared.values[out_count % S::VALUES];
     const int left = task.length - chunk * CHUNK;
     if (left >= CHUNK) {
-      if (fresh_lane() == 0) {
+      const int stage = uniform(out_count) % S::VALUES, column = uniform(task.v_begin);
+      const int token = uniform((int)task.begin + chunk * CHUNK);
+      const int head = uniform(task.head), b = uniform((int)task.b);
+      if (cute::elect_one_sync()) {
 #pragma unroll
         for (int i = 0; i < S::STATE_GROUPS; ++i)
-          cute::SM90_TMA_STORE_4D::copy(&map_out(params), tiles + i * TILE, task.v_begin + 64 * i,
-                                        (int32_t)(task.begin + chunk * CHUNK), task.head,
-                                        (int32_t)task.b);
+          cute::SM90_TMA_STORE_4D::copy(&map_out(params), shared.values[stage] + i * TILE,
+                                        column + 64 * i, token, head, b);
       }
     } else { /* the rows behind belong to another sequence */
+      const char *tiles = shared.values[out_count % S::VALUES];
       const fkda_rows &rows = rows_out(params);
       bf16 *to = static_cast<bf16 *>(rows.data) + first_row(rows, task, task.head) +
                  (int64_t)chunk * CHUNK * rows.stride_t + task.v_begin;
@@ -206,14 +215,14 @@ struct ValueMover {
         if (!S::WALK || (task.backward && rows_out(params).data))
           store(task, place_of<S>(task, chunk));
         ++out_count;
-        if (fresh_lane() == 0) {
+        if (cute::elect_one_sync()) { /* the same lane as in store() */
           cute::tma_store_arrive();
           cute::tma_store_wait<1>();
         }
         __syncwarp();
       }
     });
-    if (fresh_lane() == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (cute::elect_one_sync()) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
 };
 

@@ -180,11 +180,11 @@ __device__ __forceinline__ void keep_in_record(const fkda_sm90_params &, const T
 template <class S>
 __device__ __forceinline__ void give_to_other(Shared<S> &shared, uint32_t count) {
   constexpr int FOREIGN = S::PAIR ? S::FOREIGN : 1;
-  if (fresh_lane() == 0) {
-    const int slot = count % S::SLOTS, handover = count % S::HANDOVERS, place = count % FOREIGN;
-    wait_idly(shared.handover_full[handover], count / S::HANDOVERS & 1);
-    const uint32_t before = count - FOREIGN;
-    if (count >= FOREIGN) wait_idly(shared.slot_free[before % S::SLOTS], before / S::SLOTS & 1);
+  const int number = uniform(count), slot = number % S::SLOTS, handover = number % S::HANDOVERS;
+  const int place = number % FOREIGN, before = number - FOREIGN;
+  wait_idly(shared.handover_full[handover], number / S::HANDOVERS & 1);
+  if (before >= 0) wait_idly(shared.slot_free[before % S::SLOTS], before / S::SLOTS & 1);
+  if (cute::elect_one_sync()) {
     const uint32_t other = 1 - cluster_rank();
     const Barrier &full = shared.handover_full[S::HANDOVERS + place];
     full.arrive_and_expect_tx(sizeof shared.slots[0] + sizeof shared.handover[0], other);
