@@ -121,6 +121,8 @@ struct Shared {
   float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16]
                  [128];                  /* accumulators, a thread's 16, in chunks by levels */
   float L[S::SYSTEMS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
+  uint16_t
+      order[MAX_SORTED]; /* sequences, longest first. Here, as solvers look below L, for nothing */
   Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
   Barrier L_full[S::SYSTEM_TURNS], L_free[S::SYSTEMS];
   Barrier reloaded[S::BOUNDED ? 0 : S::FACTOR_GROUPS]; /* k and q, in chunks by levels */
@@ -133,7 +135,6 @@ struct Shared {
   Barrier task_full[TASKS], task_free[TASKS];
   Task tasks[TASKS]; /* n < 0: there is none any more */
   Deal deal;
-  uint16_t order[MAX_SORTED]; /* sequences, longest first */
 };
 
 /* The place in a ring: stage, and the parity that tells its uses apart. */
@@ -230,6 +231,13 @@ __device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
 __device__ __forceinline__ void store_shared(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
                                              uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a),
+               "r"(b), "r"(c), "r"(d)
                : "memory");
 }
 

@@ -35,53 +35,54 @@ __device__ __forceinline__ void multiply_split(float (&d)[4], const Split<4> &a,
   for (int i = 0; i < 4; ++i) d[i] += e[i];
 }
 
+/* Two columns of 8 of T^T, a a pair of T's rows each, times the columns' r beta, to T in two parts. As stmatrix takes them:
+ * lanes 0-15 say where rows of the high part are, of `a` and then of `b`, the other lanes the low part's. */
+__device__ __forceinline__ void store_parts(uint32_t at, const float (&a)[2], const float (&b)[2],
+                                            float a_scale, float b_scale) {
+  const float a0 = a[0] * a_scale, a1 = a[1] * a_scale, b0 = b[0] * b_scale, b1 = b[1] * b_scale;
+  const uint32_t a_high = pack(a0, a1), b_high = pack(b0, b1);
+  store_matrices(at, a_high, b_high, pack_rest(a0, a1, a_high), pack_rest(b0, b1, b_high));
+}
+
 /* By blocks: the four 8 x 8 on the diagonal by forward substitution, a column a lane; then, for 8 and for 16,
  * T21 = T22 L21 T11 as (T11^T L21^T) T22^T, whose first product has the layout of the second's operand.
- * Columns of T take the place of L: T[i][j] lies at L[j][i] within diagonal blocks. Leaves T_ij r_j beta_j. */
+ * Columns of T take the place of L: T[i][j] lies at L[j][i] within diagonal blocks. Leaves T_ij r_j beta_j.
+ * Loops, for the sake of the instruction cache, which all roles share. */
 template <class H>
 __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int lane) {
-  const uint32_t T_high = address(to.T_high), T_low = address(to.T_low);
-  const auto store_pair = [&](int i, int j, float a,
-                              float b) { /* T[i][j], T[i + 1][j] */
-                                         const float scale = to.column[j];
-                                         const uint32_t high = pack(a * scale, b * scale);
-                                         store_shared(T_high + in_square(j, i), high);
-                                         store_shared(T_low + in_square(j, i),
-                                                      pack_rest(a * scale, b * scale, high));
-  };
+  constexpr int PITCH = CHUNK + 4;
+  const uint32_t T = address(to.T_high); /* and the low part behind it */
+  static_assert(sizeof to.T_high == SQUARE, "parts one after the other");
   {
     const int block = lane & 24, c = lane & 7;
-    float x[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = i == c ? 1.0f : 0.0f;
-#pragma unroll
-    for (int j = 0; j < 8; j += 4)
-#pragma unroll
-      for (int i = j + 1; i < 8; ++i) {
-        const float4 row = *reinterpret_cast<const float4 *>(&L[block + i][block + j]);
-        x[i] = fmaf(row.x, x[j], x[i]);
-        if (i > j + 1) x[i] = fmaf(row.y, x[j + 1], x[i]);
-        if (i > j + 2) x[i] = fmaf(row.z, x[j + 2], x[i]);
-        if (i > j + 3) x[i] = fmaf(row.w, x[j + 3], x[i]);
-      }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 8; i += 4)
-      *reinterpret_cast<float4 *>(&L[lane][block + i]) =
-          make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    const float *from = &L[block][block]; /* (j, j) */
+    float *column = &L[lane][block];
+    uint32_t at = T + in_square(lane, block);
     const float scale = to.column[lane];
-    uint32_t high[4], low[4];
+    float x[8] =
+        {}; /* from row j on; rows below the block are read, too, and nothing comes of them */
+#pragma unroll 1
+    for (int j = 0; j < 8; j += 2) {
+      float2 l[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float a = x[2 * i] * scale, b = x[2 * i + 1] * scale;
-      high[i] = pack(a, b);
-      low[i] = pack_rest(a, b, high[i]);
+      for (int i = 1; i < 8; ++i) l[i] = *reinterpret_cast<const float2 *>(from + i * PITCH);
+      __syncwarp();
+      const float x0 = x[0] + (c == j ? 1.0f : 0.0f);
+      const float x1 = fmaf(l[1].x, x0, x[1] + (c == j + 1 ? 1.0f : 0.0f));
+      *reinterpret_cast<float2 *>(column) = make_float2(x0, x1);
+      const float a = x0 * scale, b = x1 * scale;
+      const uint32_t high = pack(a, b);
+      store_shared(at, high);
+      store_shared(at + SQUARE, pack_rest(a, b, high));
+#pragma unroll
+      for (int i = 2; i < 8; ++i) x[i - 2] = fmaf(l[i].y, x1, fmaf(l[i].x, x0, x[i]));
+      x[6] = x[7] = 0;
+      from += 2 * PITCH + 2, column += 2, at += 2 * sizeof(bf16);
     }
-    store_shared(T_high + in_square(lane, block), high[0], high[1], high[2], high[3]);
-    store_shared(T_low + in_square(lane, block), low[0], low[1], low[2], low[3]);
   }
   __syncwarp();
   const int g = lane >> 2, t = 2 * (lane & 3);
+  const int part = lane >> 4, row = lane & 7, second = lane >> 3 & 1; /* for store_parts() */
   const auto pair_at = [&](int row, int column) {
     return *reinterpret_cast<const float2 *>(&L[row][column]);
   };
@@ -90,27 +91,30 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     Split<2> b;
     a.clear(1), a.clear(2);
     float y[4];
+    constexpr int NEXT = 16 * PITCH + 16; /* from one pair to the other */
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const float2 T11 = pair_at(16 * pair + g, 16 * pair + t),
-                   L21 = pair_at(16 * pair + 8 + g, 16 * pair + t);
-      a.set(3 * pair, T11.x, T11.y);
-      b.set(pair, L21.x, L21.y);
+      const float2 T11 = pair_at(16 * pair + g, 16 * pair + t);
+      y[2 * pair] = T11.x, y[2 * pair + 1] = T11.y;
     }
-    multiply_split(y, a, b);
+    const float *from = &L[8 + g][t]; /* L21, then T22 */
+    int step = 1;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      a.set(3 * pair, y[2 * pair], y[2 * pair + 1]);
-      const int first = 16 * pair + 8;
-      b.set(pair, L[first + t][first + g], L[first + t + 1][first + g]);
+      for (int pair = 0; pair < 2; ++pair) {
+        a.set(3 * pair, y[2 * pair], y[2 * pair + 1]);
+        b.set(pair, from[pair * NEXT], from[pair * NEXT + step]);
+      }
+      multiply_split(y, a, b);
+      from = &L[8 + t][8 + g], step = PITCH;
     }
-    multiply_split(y, a, b);
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
+    for (int pair = 0; pair < 2; ++pair)
       *reinterpret_cast<float2 *>(&L[16 * pair + g][16 * pair + 8 + t]) =
           make_float2(y[2 * pair], y[2 * pair + 1]);
-      store_pair(16 * pair + 8 + t, 16 * pair + g, y[2 * pair], y[2 * pair + 1]);
-    }
+    store_parts(T + part * SQUARE + in_square(16 * second + row, 16 * second + 8), {y[0], y[1]},
+                {y[2], y[3]}, to.column[g], to.column[16 + g]);
   }
   __syncwarp();
   {
@@ -118,7 +122,6 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     const float2 a0 = pair_at(g, t), a2 = pair_at(g, 8 + t), a3 = pair_at(8 + g, 8 + t);
     a.set(0, a0.x, a0.y), a.clear(1), a.set(2, a2.x, a2.y), a.set(3, a3.x, a3.y);
     y.clear(0), y.clear(1), y.clear(2), y.clear(3);
-    /* Loops, for the sake of the instruction cache, which all roles share. */
 #pragma unroll 1
     for (int n = 0; n < 16; n += 8) {
       Split<2> b;
@@ -135,6 +138,7 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
         y.set(i + 2, d[2 * i], d[2 * i + 1]);
       }
     }
+    const float scale0 = to.column[g], scale8 = to.column[8 + g];
 #pragma unroll 1
     for (int n = 0; n < 16; n += 8) {
       Split<2> b;
@@ -143,8 +147,8 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
             n ? L[24 + t + 1][24 + g] : 0); /* nothing above T's diagonal */
       float z[4];
       multiply_split(z, y, b);
-      store_pair(16 + n + t, g, z[0], z[1]);
-      store_pair(16 + n + t, g + 8, z[2], z[3]);
+      store_parts(T + part * SQUARE + in_square(8 * second + row, 16 + n), {z[0], z[1]},
+                  {z[2], z[3]}, scale0, scale8);
     }
   }
 }
@@ -201,10 +205,12 @@ template <class S, class Params>
 __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
   int chunk = first_chunk<S>(solver); /* of its task; may lie beyond it, in the next */
   uint32_t count = solver;            /* chunks that the block makes before this one */
+  const int own_lane = threadIdx.x & 31;
   each_task(shared, [&](const Task &task, int) {
 #pragma unroll 1
     for (; chunk < task.chunks; chunk += S::BLOCKS * SOLVERS, count += SOLVERS) {
-      const int lane = fresh_lane();
+      const int lane =
+          S::PAIR ? own_lane : fresh_lane(); /* a pair's solvers have registers for addresses */
       const int stage = count % S::HANDOVERS;
       const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
       const int turn = S::SYSTEM_TURNS == SOLVERS ? solver : count % S::SYSTEM_TURNS;
