@@ -161,8 +161,8 @@ __device__ __forceinline__ void factors_by_levels(const Params &params, Shared<S
   for (int e = 0; e < 16; ++e) own[e * 128] = 0;
 #pragma unroll 1
   for (int width = 0; width <= CHUNK; width = width ? 2 * width : 1) {
+    group_sync(group()); /* nobody's products read what this pass overwrites */
     if (width != 1) { /* that of 0 left them as they are: six times, an even number */
-      group_sync(group());
       const Barrier &full = shared.reloaded[group()];
       if ((fresh(threadIdx.x) & 127) == 0) {
         const bool gates = width == 0 && S::GATE_BYTES == 2; /* which the walk has overwritten */

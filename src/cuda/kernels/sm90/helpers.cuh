@@ -155,7 +155,8 @@ struct ValueMover {
     while (in_count < (out_count ? out_count - 1 : 0) + S::VALUES) {
       if (in_chunk == in_chunks) {
         const int next = in_task + 1;
-        if (!shared.task_full[next % TASKS].try_wait(next / TASKS & 1)) return;
+        /* All lanes go on or none, whatever each one is told. */
+        if (!uniform(shared.task_full[next % TASKS].try_wait(next / TASKS & 1))) return;
         if (shared.tasks[next % TASKS].n < 0) return;
         in_task = next, in_chunk = 0, in_chunks = shared.tasks[next % TASKS].chunks;
         continue;
