@@ -220,7 +220,7 @@ enum {
   BACKWARD_KERNELS = 4 * COUNT(FKDA_BACKWARD_BY_K(ONE)) + COUNT(FKDA_BACKWARD_BY_K_V(ONE)),
   SM90_KERNELS = COUNT(FKDA_SM90_PREFILL_LIST(ONE) FKDA_SM90_PAIR_LIST(ONE)),
   SM90_IMAGES = 1,
-  SM90_BACKWARD_KERNELS = COUNT(FKDA_SM90_BACKWARD_LIST(ONE)),
+  SM90_BACKWARD_KERNELS = COUNT(FKDA_SM90_BACKWARD_LIST(ONE) FKDA_SM90_BACKWARD_PAIR_LIST(ONE)),
   KERNELS = PORTABLE_KERNELS + BACKWARD_KERNELS + SM90_KERNELS + SM90_BACKWARD_KERNELS,
 };
 
@@ -1318,11 +1318,12 @@ SCENARIO(sm90_backward_launches) {
     CHECK_INT(fake.maps, maps + 6);
 
     const fake_launch *walk = launch_of(count, 0);
-    snprintf(name, sizeof name, "fkda_sm90_backward_walk_%s%s", cases[i].part,
-             bounded ? "" : "_unbounded");
+    const bool pairs = cases[i].split == 2;
+    snprintf(name, sizeof name, "fkda_sm90_backward_walk_%s%s%s", cases[i].part,
+             pairs ? "_pair" : "", bounded ? "" : "_unbounded");
     CHECK_TEXT(walk->entry, name);
     CHECK_INT(walk->grid[0], tasks < 132 ? tasks : 132);
-    CHECK_INT(walk->block[0], FKDA_SM90_PREFILL_THREADS);
+    CHECK_INT(walk->block[0], pairs ? FKDA_SM90_PAIR_THREADS : FKDA_SM90_PREFILL_THREADS);
     CHECK_INT(walk->shared, FKDA_SM90_PREFILL_SHARED);
     CHECK_INT(walk->early, 0);
     CHECK(walk->stream == &stream_of[0]);

@@ -15,10 +15,16 @@
   {"sm90/backward_walk", "fkda_sm90_backward_walk_k" #K "_v" #part #suffix},
 #define SHAPE(K, part, bounded, suffix) {K, part, bounded},
 
-static const fkda_cuda_kernel table[] = {FKDA_SM90_BACKWARD_LIST(KERNEL)};
-static const struct { int32_t K, part, bounded; } shapes[] = {FKDA_SM90_BACKWARD_LIST(SHAPE)};
+/* Pairs of blocks, which halve V, have the last. */
+static const fkda_cuda_kernel table[] = {FKDA_SM90_BACKWARD_LIST(KERNEL)
+                                             FKDA_SM90_BACKWARD_PAIR_LIST(KERNEL)};
+static const struct {
+  int32_t K, part, bounded;
+} shapes[] = {FKDA_SM90_BACKWARD_LIST(SHAPE) FKDA_SM90_BACKWARD_PAIR_LIST(SHAPE)};
 
 #define COUNT(array) ((int32_t)(sizeof(array) / sizeof(array)[0]))
+#define ONE(...) +1
+#define SINGLES (0 FKDA_SM90_BACKWARD_LIST(ONE))
 
 static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
   (void)device, (void)kernel;
@@ -28,10 +34,10 @@ static int32_t shared_of(const fkda_cuda_device *device, int32_t kernel) {
 static fkda_cuda_kernels kernels = {.kernels = table, .count = COUNT(table), .shared = shared_of};
 
 /* supports() and plan() let nothing come here that has no kernel. */
-static int32_t kernel_of(const fkda_problem *p, int64_t part) {
+static int32_t kernel_of(const fkda_problem *p, int64_t split) {
   const bool bounded = p->gate == FKDA_GATE_BOUNDED;
-  int32_t i = 0;
-  while (shapes[i].K != p->K || shapes[i].part != part || shapes[i].bounded != bounded) ++i;
+  int32_t i = split == 2 ? SINGLES : 0;
+  while (shapes[i].K != p->K || shapes[i].part != p->V / split || shapes[i].bounded != bounded) ++i;
   return i;
 }
 
@@ -88,11 +94,14 @@ fkda_status fkda_cuda_backward_sm90_launch(const fkda_problem *p, const fkda_pla
   params.backward.redo =
       (uint32_t *)(void *)((char *)p->workspace +
                            fkda_portable_backward_workspace(p->B, p->T, p->N, p->HV, p->K, p->V));
+  const int32_t kernel = kernel_of(p, plan->value_split);
+  const bool pairs = kernel >= SINGLES;
+  const int32_t most = pairs ? processors / 2 * 2 : processors;
   const fkda_cuda_launch walk = {
       .kernels = &kernels,
-      .kernel = kernel_of(p, p->V / plan->value_split),
-      .blocks = (uint32_t)(plan->tasks < processors ? plan->tasks : processors),
-      .threads = FKDA_SM90_PREFILL_THREADS,
+      .kernel = kernel,
+      .blocks = (uint32_t)(plan->tasks < most ? plan->tasks : most),
+      .threads = pairs ? FKDA_SM90_PAIR_THREADS : FKDA_SM90_PREFILL_THREADS,
       .params = &params,
       .prepare = make_maps,
   };

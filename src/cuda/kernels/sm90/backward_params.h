@@ -32,6 +32,11 @@ typedef struct fkda_sm90_backward_params {
 #define FKDA_SM90_BACKWARD_LIST(X)                                                                 \
   FKDA_SM90_BACKWARD_SHAPES(X, 1, ) FKDA_SM90_BACKWARD_SHAPES(X, 0, _unbounded)
 
+/* Of pairs, as the prefill has them. */
+#define FKDA_SM90_BACKWARD_PAIR_LIST(X)                                                            \
+  X(64, 64, 1, _pair)                                                                              \
+  X(128, 64, 1, _pair) X(64, 64, 0, _pair_unbounded) X(128, 64, 0, _pair_unbounded)
+
 /* Threads and shared memory as the prefill kernels have them. */
 
 /* The workspace: portable's, a multiple of 16 bytes, and behind it the flags of `redo`. All of a head's are written, 0

@@ -351,8 +351,8 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
           const int row = 16 * (warp & 1);
           float square[2], product[2];
           square_rows<S::PAIR ? 1 : 4>(slot + warp / 2 * S::SLICE + (lane & 8 ? SLICE_K : SLICE_Q) +
-                          in_tile(row + (lane & 7), lane >> 4 << 3),
-                      lane, square, product);
+                                           in_tile(row + (lane & 7), lane >> 4 << 3),
+                                       lane, square, product);
           if ((lane & 3) == lane >> 3)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {

@@ -49,8 +49,8 @@ __device__ __forceinline__ int dealt_among() {
   return gridDim.x / S::BLOCKS;
 }
 /* Parts of a head that are dealt each for itself. */
-template <class S>
-__device__ __forceinline__ int dealt_parts(const fkda_sm90_params &params) {
+template <class S, class Params>
+__device__ __forceinline__ int dealt_parts(const Params &params) {
   return S::PAIR ? 1 : params.value_split;
 }
 
@@ -99,7 +99,7 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
     const int head = uniform(task.head), qk_head = uniform(task.qk_head), b = uniform((int)task.b);
     const bool queries = has_queries<S>(task);
     int token = (int)task.begin + place_of<S>(task, S::PAIR ? passed : 0) * CHUNK;
-    const int step = S::WALK && task.backward ? -CHUNK : S::BLOCKS * CHUNK;
+    const int step = S::BLOCKS * (S::WALK && task.backward ? -CHUNK : CHUNK);
     int left = task.chunks - (S::PAIR ? passed : 0);
 #pragma unroll 1
     for (; left > 0; left -= S::BLOCKS, ring.next(), token += step) {
@@ -155,7 +155,7 @@ struct ValueMover {
     while (in_count < (out_count ? out_count - 1 : 0) + S::VALUES) {
       if (in_chunk == in_chunks) {
         const int next = in_task + 1;
-        /* All lanes go on or none, whatever each one is told. */
+        /* one answer for the warp, which goes on together */
         if (!uniform(shared.task_full[next % TASKS].try_wait(next / TASKS & 1))) return;
         if (shared.tasks[next % TASKS].n < 0) return;
         in_task = next, in_chunk = 0, in_chunks = shared.tasks[next % TASKS].chunks;

@@ -141,13 +141,9 @@ template <class S>
 __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   Shared<S> &shared = start_block<S>();
   deal_sequences(params, shared);
-  fence_async();
-  if (S::PAIR) /* barriers are ready in both blocks */
-    cluster_sync();
-  else
-    __syncthreads();
+  start_roles<S>();
   run_roles(params, shared, [&] { run_state<S>(params.problem, shared); });
-  if (S::PAIR) cluster_sync(); /* neither ends while the other still copies or arrives */
+  end_roles<S>();
 }
 
 }  // namespace fkda

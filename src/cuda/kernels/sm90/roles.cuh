@@ -9,6 +9,21 @@
 
 namespace fkda {
 
+/* After start_block(), and what else uses the slots: all threads, barriers are ready, in both blocks of a pair. */
+template <class S>
+__device__ __forceinline__ void start_roles() {
+  fence_async();
+  if (S::PAIR)
+    cluster_sync();
+  else
+    __syncthreads();
+}
+/* Neither block of a pair ends while the other still copies to it or arrives. */
+template <class S>
+__device__ __forceinline__ void end_roles() {
+  if (S::PAIR) cluster_sync();
+}
+
 /* `run_states` is what state groups do. */
 template <class S, class Params, class States>
 __device__ __forceinline__ void run_roles(const Params &params, Shared<S> &shared,

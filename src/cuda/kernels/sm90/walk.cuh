@@ -33,7 +33,7 @@ struct Walker {
   const fkda_portable_backward_params &x;
   Shared<S> &shared;
   int matrix_at; /* of ldmatrix and stmatrix: tokens 0-7 v 0-7, tokens 0-7 v 8-15, tokens 8-15 likewise */
-  Ring<S::SLOTS> ring;
+  Position<S> at;
   bool failed;
   float s[K / 2]; /* S or its gradient, 16 value rows a warp, as StateRows */
 
@@ -69,14 +69,12 @@ struct Walker {
 
   /* What lies where of the chunk that is to be worked on, once its factors are there. */
   __device__ __forceinline__ const Handover &next_factors() const {
-    const Ring<S::HANDOVERS> in = place_in<S::HANDOVERS>(ring);
-    wait(shared.handover_full[in.stage], in.parity);
-    return shared.handover[uniform(in.stage)];
+    at.wait_for_factors(shared);
+    return shared.handover[uniform(at.handover())];
   }
   __device__ __forceinline__ uint32_t slot() const {
-    return address(shared.slots[uniform(ring.stage)]);
+    return address(shared.slots[uniform(at.slot())]);
   }
-  __device__ __forceinline__ int value_place() const { return place_in<S::VALUES>(ring).stage; }
 
   /* d[v,i] = sum_c s[v,c] tile[i,c], a tile of 32 tokens in the slot; on its way. */
   __device__ __forceinline__ void look_up(float (&d)[16], uint32_t (&a)[K / 4], int tile) {
@@ -102,9 +100,8 @@ struct Walker {
 
   /* The block's part of v or d_out, 16 value columns of 32 tokens; of `left` tokens. */
   __device__ __forceinline__ void load_values(uint32_t (&w)[8], int left) {
-    const Ring<S::VALUES> value = place_in<S::VALUES>(ring);
-    wait(shared.value_full[value.stage], value.parity);
-    const char *tile = shared.values[value.stage] + matrix_at;
+    at.wait_for_values(shared);
+    const char *tile = shared.values[at.value()] + matrix_at;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       cute::SM75_U16x8_LDSM_T::copy(
@@ -123,7 +120,7 @@ struct Walker {
 
   /* The same of a gradient, to its place. */
   __device__ __forceinline__ void hand_out(const float (&y)[16]) {
-    char *tile = shared.values[value_place()] + matrix_at;
+    char *tile = shared.values[at.value()] + matrix_at;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       cute::SM90_U16x8_STSM_T::copy(
@@ -158,7 +155,7 @@ struct Walker {
     float y[16];
     look_up(y, a, SLICE_K);
     load_values(w, task.length - chunk * CHUNK);
-    arrive_warp(shared.value_out[value_place()]);
+    arrive_warp(shared.value_out[at.value()]);
     cute::warpgroup_wait<0>();
     fence(y);
     {
@@ -202,11 +199,11 @@ struct Walker {
     fence(s);
     /* A factor group may ask for a handover only when its use before the last is over, see run_state(). */
     constexpr bool SLOT_LAST = S::FACTOR_GROUPS > S::HANDOVERS;
-    if (!SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
+    if (!SLOT_LAST) at.give_back_slot(shared);
     decay_state<K>(s, to_end, fresh_lane());
-    arrive_warp(shared.handover_free[place_in<S::HANDOVERS>(ring).stage]);
-    if (SLOT_LAST) arrive_warp(shared.slot_free[ring.stage]);
-    ring.next();
+    at.give_back_handover(shared);
+    if (SLOT_LAST) at.give_back_slot(shared);
+    at.next();
   }
 
   __device__ __forceinline__ void step_backward(const Task &task, int chunk) {
@@ -246,7 +243,7 @@ struct Walker {
     fence(y);
     fence(s);
     if (x.problem.d_v.data) hand_out(y);
-    arrive_warp(shared.value_out[value_place()]);
+    arrive_warp(shared.value_out[at.value()]);
     scale_tokens(y, f.norm_k);
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] = pack(-y[2 * i], -y[2 * i + 1]);

@@ -28,7 +28,7 @@ template <class S, class Handover>
 __device__ __forceinline__ void keep_in_record(const fkda_sm90_backward_params &params,
                                                const Task &task, int chunk, const Handover &f,
                                                int lane) {
-  if (!task.backward || task.v_begin) return;
+  if (!task.backward || (task.v_begin && !S::PAIR)) return;
   const int64_t row = first_block(params.backward.problem, task.b, task.begin, task.n) + chunk / 2;
   char *record = Workspace<S::K>(params.backward).record(row, task.head, chunk & 1);
   const auto of_token = [&](int offset) -> float & {
