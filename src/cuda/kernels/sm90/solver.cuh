@@ -47,8 +47,9 @@ __device__ __forceinline__ void store_parts(uint32_t at, const float (&a)[2], co
 /* By blocks: the four 8 x 8 on the diagonal by forward substitution, a column a lane; then, for 8 and for 16,
  * T21 = T22 L21 T11 as (T11^T L21^T) T22^T, whose first product has the layout of the second's operand.
  * Columns of T take the place of L: T[i][j] lies at L[j][i] within diagonal blocks. Leaves T_ij r_j beta_j.
- * Loops, for the sake of the instruction cache, which all roles share. */
-template <class H>
+ * Loops, for the sake of the instruction cache, which all roles share; the first ones in pairs only, where solvers have time
+ * to spare: with 128 columns a block they cost 1 percent. */
+template <bool PAIR, class H>
 __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int lane) {
   constexpr int PITCH = CHUNK + 4;
   const uint32_t T = address(to.T_high); /* and the low part behind it */
@@ -61,7 +62,7 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     const float scale = to.column[lane];
     float x[8] =
         {}; /* from row j on; rows below the block are read, too, and nothing comes of them */
-#pragma unroll 1
+#pragma unroll(PAIR ? 1 : 4)
     for (int j = 0; j < 8; j += 2) {
       float2 l[8];
 #pragma unroll
@@ -99,7 +100,7 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     }
     const float *from = &L[8 + g][t]; /* L21, then T22 */
     int step = 1;
-#pragma unroll 1
+#pragma unroll(PAIR ? 1 : 2)
     for (int turn = 0; turn < 2; ++turn) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
@@ -223,7 +224,7 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
         if (lane == 0) to.collinear = parallel;
         keep_in_record<S>(params, task, place, to, lane);
       }
-      invert(shared.L[system], to, lane);
+      invert<S::PAIR>(shared.L[system], to, lane);
       if (S::WALK) { /* addresses made anew: registers are short */
         __syncwarp();
         float &column = shared.handover[(uint32_t)fresh(count) % S::HANDOVERS].column[fresh_lane()];

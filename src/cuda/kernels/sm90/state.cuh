@@ -252,9 +252,9 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
     };
     /* O, as it is to be, in the place of v. */
-    const auto hand_out = [&](int handover, int place, bool huge) {
-      const int lane = fresh_lane();
-      const float *norms = shared.handover[handover].norm_q;
+    const auto hand_out = [&](const Position<S> &from, bool huge) {
+      const int lane = fresh_lane(), place = from.value();
+      const float *norms = shared.handover[from.handover()].norm_q;
       char *tile = shared.values[place] + matrix_at;
       uint32_t out[8];
 #pragma unroll
@@ -292,17 +292,13 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       uint32_t u[8];
       bool huge, halfway, rare;
       int before = -1; /* mark of the chunk whose o is still in registers */
-      int stage, place; /* of slot and handover; in pairs, which have the registers, found ahead, where they wait */
-      const auto locate = [&] { stage = uniform(at.slot()), place = uniform(at.handover()); };
-      if (S::PAIR) locate();
       if (ALONE) begin();
-      int place_before = 0;
 #pragma unroll 1
       for (;;) {
         if (!ALONE) begin();
         const int lane = fresh_lane();
-        if (!S::PAIR) locate();
-        const uint32_t slot = address(shared.slots[stage]);
+        const uint32_t slot = address(shared.slots[uniform(at.slot())]);
+        const int place = uniform(at.handover());
         const typename Shared<S>::Handover &f = shared.handover[place];
         const float guard = f.guard;
 
@@ -318,7 +314,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
           start_queries(slot);
         } else if (before >= 0) {
           const Position<S> last = at.at(before);
-          hand_out(S::PAIR ? place_before : last.handover(), last.value(), false);
+          hand_out(last, false);
           last.give_back_handover(shared);
           if (SLOT_LAST) last.give_back_slot(shared);
         }
@@ -457,12 +453,11 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
 #pragma unroll
             for (int n = 0; n < K / 8; ++n)
               end[n] = *reinterpret_cast<const float2 *>(&f.to_end[8 * n + 2 * (lane & 3)]);
-            before = at.mark(), place_before = place;
+            before = at.mark();
             left -= CHUNK;
             at.next();
-            if (S::PAIR) locate();
             at.wait_for_factors(shared);
-            const float *anchor = shared.handover[S::PAIR ? place : at.handover()].to_anchor;
+            const float *anchor = shared.handover[at.handover()].to_anchor;
             cute::warpgroup_wait<0>();
             fence(s);
             fence(o);
@@ -482,14 +477,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         } else {
           cute::warpgroup_wait<1>();
           fence(o);
-          hand_out(place, at.value(), huge);
+          hand_out(at, huge);
         }
         cute::warpgroup_wait<0>();
         fence(s);
         if (rare) break;
         if (ALONE) {
           fence(o);
-          hand_out(place, at.value(), false);
+          hand_out(at, false);
         }
         finish(false);
         if (last) break;
@@ -501,7 +496,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
       const uint32_t slot = address(shared.slots[uniform(at.slot())]);
       if (ALONE) {
         fence(o);
-        hand_out(at.handover(), at.value(), huge);
+        hand_out(at, huge);
       }
       const bool parallel = f.guard < 0 && !by_levels() && f.collinear == 2;
       uint32_t second[4];
