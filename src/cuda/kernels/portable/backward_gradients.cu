@@ -188,7 +188,7 @@ struct Gradients {
   float q[TILES][4], k[TILES][4]; /* dq, dk */
   float D[TILES][4];              /* what is summed over i >= t in (28) */
   float G[TILES][4];
-  float overlap[2]; /* sum_v S dS, in parts */
+  float overlap[2]; /* sum_v S dS, in parts; of a channel in one lane of four */
 
   __device__ __forceinline__ Gradients(const Backward &x, Shared &s)
       : x(x), p(x.problem), s(s), block(s.task.block) {
@@ -419,7 +419,7 @@ struct Gradients {
     clear(q);
     clear(late);
     clear(early);
-    overlap[0] = overlap[1] = 0;
+    float S_dS[4] = {0, 0, 0, 0}; /* channels 0..7 and 8..15 with one another; wanted is the diagonal */
 #pragma unroll
     for (int v0 = 0; v0 < V / 16; v0 += AHEAD)
 #pragma unroll
@@ -431,11 +431,11 @@ struct Gradients {
           S[j] = __ldg(from), dS[j] = __ldg(d_from);
           from += 32, d_from += 32;
         }
-        if (v / (V / 32) == half)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            overlap[i & 1] = fmaf(low_of(a[i]), low_of(d[i]),
-                                  fmaf(high_of(a[i]), high_of(d[i]), overlap[i & 1]));
+        if (v / (V / 32) == half) {
+          const uint32_t a0[4] = {a[0], 0, 0, a[1]}, a1[4] = {a[2], 0, 0, a[3]};
+          mma(S_dS, a0, d[0], d[1]);
+          mma(S_dS, a1, d[2], d[3]);
+        }
 #pragma unroll
         for (int i = 0; i < SQUARES; ++i) {
           const int square = (SQUARES * half + i) * (V / 16) + v;
@@ -448,6 +448,9 @@ struct Gradients {
           mma_rows(early[2 * i], early[2 * i + 1], d, r);
         }
       }
+    const bool mine = lane >> 3 == (lane & 3), odd = lane & 4;
+    overlap[0] = mine ? (odd ? S_dS[1] : S_dS[0]) : 0;
+    overlap[1] = mine ? (odd ? S_dS[3] : S_dS[2]) : 0;
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       const typename Shared::Half &of = s.of[half];
