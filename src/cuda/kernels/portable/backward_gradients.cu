@@ -333,65 +333,81 @@ struct Gradients {
         }
   }
 
-  /* (24), (23)'s d_beta. */
+  /* (24), (23)'s d_beta. P and M of a square together are fewer loads and wait less for themselves, where there are registers. */
+  static constexpr int TOGETHER = STAGES > 1 ? 2 : 1;
   __device__ __forceinline__ void weigh_pairs() {
     refresh(1);
     const int turned = (lane & 7) | (lane & 8) << 1 | (lane & 16) >> 1; /* A operand by rows */
 #pragma unroll 1
-    for (int job = threadIdx.x / 32; job < 20; job += WARPS) {
-      const bool of_q = job < 10;
+    for (int job = threadIdx.x / 32; job < 20 / TOGETHER; job += WARPS) {
+      bool of_q = job < 10;
       const int square = of_q ? job : job - 10;
       const int i = square >= 6 ? 3 : square >= 3 ? 2 : square >= 1 ? 1 : 0;
       const int j = square - lower_square(i, 0);
-      const bf16 *rows = of_q ? s.d_out : s.dW;
-      float acc[2][4];
-      clear(acc);
+      float acc[TOGETHER][2][4];
+#pragma unroll
+      for (int n = 0; n < TOGETHER; ++n) clear(acc[n]);
 #pragma unroll
       for (int v = 0; v < V / 16; ++v) {
         uint32_t a[4], b[4];
-        load_matrices(a, rows + (i * (V / 16) + v) * SQUARE + turned * 8);
         load_square(b, s.E, j * (V / 16) + v);
-        mma_rows(acc[0], acc[1], a, b);
-      }
-      const typename Shared::Half &of_rows = s.of[i / 2], &of_columns = s.of[j / 2];
-      const int first_row = i % 2 * 16 + (lane >> 2);
-      float of_row[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        of_row[h] = of_q ? of_rows.norm_q[first_row + 8 * h]
-                         : -(of_rows.norm_k[first_row + 8 * h] * of_rows.beta[first_row + 8 * h]);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int column = j % 2 * 16 + 8 * n + 2 * (lane & 3);
-        const float2 norm = *reinterpret_cast<const float2 *>(&of_columns.norm_k[column]);
-        const float2 beta = *reinterpret_cast<const float2 *>(&of_columns.beta[column]);
-        const float2 of_column = make_float2(norm.x * beta.x, norm.y * beta.y);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float &w0 = acc[n][2 * h], &w1 = acc[n][2 * h + 1];
-          const float y0 = w0, y1 = w1;
-          w0 *= of_row[h] * of_column.x, w1 *= of_row[h] * of_column.y;
-          if (i != j) continue;
-          const int row = 8 * h + (lane >> 2), ahead = row - (8 * n + 2 * (lane & 3));
-          float *diagonal = (of_q ? s.P_diagonal : s.d_beta) + 16 * i + row;
-          if (ahead == 0) *diagonal = of_q ? w0 : y0;
-          if (ahead == 1) *diagonal = of_q ? w1 : y1;
-          if (ahead <= 0) w0 = 0;
-          if (ahead <= 1) w1 = 0;
+        for (int n = 0; n < TOGETHER; ++n) {
+          const bf16 *rows = n ? s.dW : of_q ? s.d_out : s.dW;
+          load_matrices(a, rows + (i * (V / 16) + v) * SQUARE + turned * 8);
+          mma_rows(acc[n][0], acc[n][1], a, b);
         }
       }
-      if (of_columns.parallel) {
-        const int row = 16 * (i - j) + (lane >> 2), last[2] = {row - 1, row + 7};
-        hand_on_rounding(acc, last);
+#pragma unroll 1
+      for (int n = 1;; ++n) { /* one piece of code */
+        keep_weights(of_q, square, i, j, acc[0]);
+        if (n == TOGETHER) break;
+        of_q = false;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) acc[0][e / 4][e % 4] = acc[TOGETHER - 1][e / 4][e % 4];
       }
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          *reinterpret_cast<uint32_t *>((of_q ? s.P : s.M) + square * SQUARE +
-                                        (2 * h + n) * MATRIX + lane * 2) =
-              pack(acc[n][2 * h], acc[n][2 * h + 1]);
     }
+  }
+  /* Of the square (i, j): by norms and betas, without the diagonal, whose elements go elsewhere. */
+  __device__ __forceinline__ void keep_weights(bool of_q, int square, int i, int j,
+                                               float (&acc)[2][4]) {
+    const typename Shared::Half &of_rows = s.of[i / 2], &of_columns = s.of[j / 2];
+    const int first_row = i % 2 * 16 + (lane >> 2);
+    float of_row[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      of_row[h] = of_q ? of_rows.norm_q[first_row + 8 * h]
+                       : -(of_rows.norm_k[first_row + 8 * h] * of_rows.beta[first_row + 8 * h]);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int column = j % 2 * 16 + 8 * n + 2 * (lane & 3);
+      const float2 norm = *reinterpret_cast<const float2 *>(&of_columns.norm_k[column]);
+      const float2 beta = *reinterpret_cast<const float2 *>(&of_columns.beta[column]);
+      const float2 of_column = make_float2(norm.x * beta.x, norm.y * beta.y);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float &w0 = acc[n][2 * h], &w1 = acc[n][2 * h + 1];
+        const float y0 = w0, y1 = w1;
+        w0 *= of_row[h] * of_column.x, w1 *= of_row[h] * of_column.y;
+        if (i != j) continue;
+        const int row = 8 * h + (lane >> 2), ahead = row - (8 * n + 2 * (lane & 3));
+        float *diagonal = (of_q ? s.P_diagonal : s.d_beta) + 16 * i + row;
+        if (ahead == 0) *diagonal = of_q ? w0 : y0;
+        if (ahead == 1) *diagonal = of_q ? w1 : y1;
+        if (ahead <= 0) w0 = 0;
+        if (ahead <= 1) w1 = 0;
+      }
+    }
+    if (of_columns.parallel) {
+      const int row = 16 * (i - j) + (lane >> 2), last[2] = {row - 1, row + 7};
+      hand_on_rounding(acc, last);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        *reinterpret_cast<uint32_t *>((of_q ? s.P : s.M) + square * SQUARE + (2 * h + n) * MATRIX +
+                                      lane * 2) = pack(acc[n][2 * h], acc[n][2 * h + 1]);
   }
 
   /* A and B operands of 16 value rows of S and dS lie as they are needed, 16 bytes a lane; AHEAD of them on their way. */
@@ -505,7 +521,7 @@ struct Gradients {
   }
   __device__ __forceinline__ float bias_of(int h) const { return s.bias[channel(h)]; }
   /* The head's parameters of the gate: on their way, a channel a thread, then to shared memory. */
-  static constexpr int KEEPERS = THREADS / 2; /* the first: of warps that have one job in weigh_pairs() */
+  static constexpr int KEEPERS = THREADS - K; /* the first: of warps that have little to do in weigh_pairs() */
   struct Parameters {
     float bias, A;
   };
