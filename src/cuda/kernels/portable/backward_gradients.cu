@@ -541,11 +541,15 @@ struct Gradients {
 
   /* (2) of the raw gates in G, and its running sums. True if a half of 16 tokens leaves the anchor's range. */
   __device__ __forceinline__ bool sum_gates() {
-    if (p.gate == FKDA_GATE_BOUNDED) return sum_gates_as<FKDA_GATE_BOUNDED>();
-    if (p.gate == FKDA_GATE_SOFTPLUS) return sum_gates_as<FKDA_GATE_SOFTPLUS>();
-    return sum_gates_as<FKDA_GATE_DIRECT>();
+    if (p.gate == FKDA_GATE_BOUNDED)
+      return is_full() ? sum_gates_as<FKDA_GATE_BOUNDED, true>()
+                       : sum_gates_as<FKDA_GATE_BOUNDED, false>();
+    if (p.gate == FKDA_GATE_SOFTPLUS) return sum_gates_as<FKDA_GATE_SOFTPLUS, false>();
+    return sum_gates_as<FKDA_GATE_DIRECT, false>();
   }
-  template <int MODE>
+  /* FULL: all of the block's tokens are the sequence's, so that nothing need be left out. */
+  __device__ __forceinline__ bool is_full() const { return block.tokens == BLOCK_TOKENS; }
+  template <int MODE, bool FULL>
   __device__ __forceinline__ bool sum_gates_as() {
     const float exp_A = s.exp_A;
     bool over = false;
@@ -559,7 +563,7 @@ struct Gradients {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           y[e] = gate.template decay<MODE>(G[n][2 * h + e]);
-          if (STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) y[e] = 0;
+          if (!FULL && STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) y[e] = 0;
         }
         float sum = y[0] + y[1];
 #pragma unroll
@@ -1002,7 +1006,7 @@ struct Gradients {
   }
 
   /* (28), (20): D becomes the gradient by the raw gate; the sum over tokens by the bias too. Returns what A_log gets. */
-  template <int MODE>
+  template <int MODE, bool FULL>
   __device__ __forceinline__ float finish_gates_as() {
     const float exp_A = s.exp_A;
     float sum_A = 0;
@@ -1028,7 +1032,7 @@ struct Gradients {
         carry += __shfl_sync(0xffffffffu, sum, lane & ~3);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) dg[e] = 0;
+          if (!FULL && STEP * half + 8 * n + 2 * (lane & 3) + e >= block.tokens) dg[e] = 0;
           sum_A += gate_back<MODE>(p, G[n][2 * h + e], bias, exp_A, dg[e]);
           sum_bias += dg[e];
           D[n][2 * h + e] = dg[e];
@@ -1044,11 +1048,12 @@ struct Gradients {
     refresh(10);
     float sum_A;
     if (p.gate == FKDA_GATE_BOUNDED)
-      sum_A = finish_gates_as<FKDA_GATE_BOUNDED>();
+      sum_A = is_full() ? finish_gates_as<FKDA_GATE_BOUNDED, true>()
+                        : finish_gates_as<FKDA_GATE_BOUNDED, false>();
     else if (p.gate == FKDA_GATE_SOFTPLUS)
-      sum_A = finish_gates_as<FKDA_GATE_SOFTPLUS>();
+      sum_A = finish_gates_as<FKDA_GATE_SOFTPLUS, false>();
     else
-      sum_A = finish_gates_as<FKDA_GATE_DIRECT>();
+      sum_A = finish_gates_as<FKDA_GATE_DIRECT, false>();
 #pragma unroll
     for (int width = 16; width; width /= 2) sum_A += __shfl_xor_sync(0xffffffffu, sum_A, width);
     if (lane == 0) s.sum_A[COLUMNS * half + warp] = sum_A;
