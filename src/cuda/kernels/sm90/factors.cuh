@@ -162,7 +162,7 @@ __device__ __forceinline__ void factors_by_levels(const Params &params, Shared<S
 #pragma unroll 1
   for (int width = 0; width <= CHUNK; width = width ? 2 * width : 1) {
     group_sync(group()); /* nobody's products read what this pass overwrites */
-    if (width != 1) { /* that of 0 left them as they are: six times, an even number */
+    if (width != 1) {    /* that of 0 left them as they are: six times, an even number */
       const Barrier &full = shared.reloaded[group()];
       if ((fresh(threadIdx.x) & 127) == 0) {
         const bool gates = width == 0 && S::GATE_BYTES == 2; /* which the walk has overwritten */
@@ -477,16 +477,26 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
         arrive_warp(shared.L_full[count % S::SYSTEM_TURNS]);
       } else if (has_queries<S>(task)) { /* P = lower(Q' K^^T) */
         if (!S::WALK && warp == 3) to.norm_q[lane] = norm_of<S>(p, tokens, lane);
+        const bool low = warp == 3; /* rows 16-31 */
+        /* What is kept of tiles of 8 x 8 on the diagonal, and of that and the next two right of the first row's one. */
+        const uint32_t triangle = (g >= t ? 0x0000ffffu : 0) | (g > t ? 0xffff0000u : 0);
+        const uint32_t kept[3] = {low ? ~0u : triangle, low ? ~0u : 0, low ? triangle : 0};
+        const uint32_t at =
+            address(to.P) + in_square(low * 16 + (lane & 7), lane >> 3 << 3); /* for stmatrix */
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          uint32_t tiles[4];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            const uint32_t pair = pack(square[4 * n + 2 * h], square[4 * n + 2 * h + 1]);
+            tiles[n] = n < h ? pair : n - h < 3 ? pair & kept[n - h] : 0;
+          }
+          store_matrices(at + in_square(8 * h, 0), tiles[0], tiles[1], tiles[2], tiles[3]);
+        }
+        __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int i = 16 * (warp - 2) + g + 8 * h;
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const int j = 8 * n + t;
-            store_shared(
-                address(to.P) + in_square(i, j),
-                pack(i >= j ? square[4 * n + 2 * h] : 0, i > j ? square[4 * n + 2 * h + 1] : 0));
-          }
           /* A token meets its own key without decay: what rounding Q' and K^ costs is spared where gates are strong
            * and little else is left. */
           if ((lane & 3) == lane >> 3) {
