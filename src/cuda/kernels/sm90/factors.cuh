@@ -466,8 +466,11 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
         if (!S::WALK && warp == 1) {
           float cosine = 0; /* times beta: of rows 16-31 with columns 0-15 */
 #pragma unroll
-          for (int i = 0; i < 8; ++i)
-            cosine = fmaxf(cosine, fabsf(square[i]) * largest[i >> 1 & 1]);
+          for (int h = 0; h < 2; ++h) {
+            const float *row = square + 2 * h;
+            cosine = fmaxf(cosine, largest[h] * fmaxf(fmaxf(fabsf(row[0]), fabsf(row[1])),
+                                                      fmaxf(fabsf(row[4]), fabsf(row[5]))));
+          }
           const bool any = __any_sync(0xffffffffu, cosine > 0.5f);
           const bool throughout =
               __all_sync(0xffffffffu, cosine > 0.5f); /* two rows and four columns a lane */
@@ -483,29 +486,27 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
         const uint32_t kept[3] = {low ? ~0u : triangle, low ? ~0u : 0, low ? triangle : 0};
         const uint32_t at =
             address(to.P) + in_square(low * 16 + (lane & 7), lane >> 3 << 3); /* for stmatrix */
+        /* A token meets its own key without decay: what rounding Q' and K^ costs is spared where gates are strong and
+         * little else is left. Its product comes into one half of a register of one lane. */
+        const bool meets = (lane & 3) == lane >> 3;
+        const uint32_t keep = 0x3210, put = g & 1 ? 0x5410 : 0x3254;
+        const uint32_t into[2] = {meets && !low ? put : keep, meets && low ? put : keep};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+          const int i = 16 * (warp - 2) + g + 8 * h;
+          float product = 0;
+#pragma unroll
+          for (int slice = 0; slice < S::SLICES; ++slice) product += tokens.product[slice][i];
+          if (S::WALK) product *= norm_of<S>(p, tokens, i);
           uint32_t tiles[4];
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             const uint32_t pair = pack(square[4 * n + 2 * h], square[4 * n + 2 * h + 1]);
             tiles[n] = n < h ? pair : n - h < 3 ? pair & kept[n - h] : 0;
           }
+          tiles[h] = __byte_perm(tiles[h], pack(product, 0), into[0]);
+          tiles[h + 2] = __byte_perm(tiles[h + 2], pack(product, 0), into[1]);
           store_matrices(at + in_square(8 * h, 0), tiles[0], tiles[1], tiles[2], tiles[3]);
-        }
-        __syncwarp();
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int i = 16 * (warp - 2) + g + 8 * h;
-          /* A token meets its own key without decay: what rounding Q' and K^ costs is spared where gates are strong
-           * and little else is left. */
-          if ((lane & 3) == lane >> 3) {
-            float product = 0;
-#pragma unroll
-            for (int slice = 0; slice < S::SLICES; ++slice) product += tokens.product[slice][i];
-            if (S::WALK) product *= norm_of<S>(p, tokens, i);
-            *reinterpret_cast<bf16 *>(to.P + in_square(i, i)) = __float2bfloat16_rn(product);
-          }
         }
         fence_async();
       }
