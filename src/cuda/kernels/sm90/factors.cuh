@@ -509,6 +509,8 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
           store_matrices(at + in_square(8 * h, 0), tiles[0], tiles[1], tiles[2], tiles[3]);
         }
         fence_async();
+      } else if (S::PAIR) { /* these warps' decays go to the other block as well */
+        fence_async();
       }
       arrive_warp(shared.handover_full[out.stage]);
     }

@@ -28,8 +28,7 @@ constexpr int TASK_COST =
 
 /* Is the launch the one of two that does the call? A block with half of V's columns takes seven tenths of the time for a
  * chunk in a pair, three quarters alone, and there are twice as many then: worth it where one long sequence would outlast
- * all others. `lengths` of
- * p.N sequences; room for two ints behind them. All threads of the block, and of every block alike. */
+ * all others. `lengths` of p.N sequences; room for two ints behind them. All threads of the block, and of every block alike. */
 template <class S>
 __device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
   const int N = (int)params.problem.N;

@@ -121,15 +121,15 @@ struct Shared {
   float by_levels[S::BOUNDED ? 0 : S::FACTOR_GROUPS][16]
                  [128];                  /* accumulators, a thread's 16, in chunks by levels */
   float L[S::SYSTEMS][CHUNK][CHUNK + 4]; /* what is to be inverted, then parts of the inverse */
-  uint16_t
-      order[MAX_SORTED]; /* sequences, longest first. Here, as solvers look below L, for nothing */
+  /* Sequences, longest first. Here, as solvers look below L, for nothing. */
+  uint16_t order[MAX_SORTED];
   Barrier slot_full[S::SLOTS], slot_free[S::SLOTS];
   Barrier L_full[S::SYSTEM_TURNS], L_free[S::SYSTEMS];
   Barrier reloaded[S::BOUNDED ? 0 : S::FACTOR_GROUPS]; /* k and q, in chunks by levels */
   Barrier value_full[S::VALUES], value_out[S::VALUES];
   Barrier handover_full[S::HANDOVERS + S::FOREIGN];
-  Barrier
-      handover_free[S::PAIR ? 0 : S::HANDOVERS]; /* a pair gives back slot and handover at once */
+  /* A pair gives back slot and handover at once. */
+  Barrier handover_free[S::PAIR ? 0 : S::HANDOVERS];
   Barrier has_copy[S::FOREIGN]; /* a pair's other block has what it is to have of the slot: */
   uint32_t copies[S::FOREIGN];  /* how often that was waited for */
   Barrier task_full[TASKS], task_free[TASKS];

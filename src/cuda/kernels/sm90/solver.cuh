@@ -60,8 +60,8 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     float *column = &L[lane][block];
     uint32_t at = T + in_square(lane, block);
     const float scale = to.column[lane];
-    float x[8] =
-        {}; /* from row j on; rows below the block are read, too, and nothing comes of them */
+    /* From row j on; rows below the block are read, too, and nothing comes of them. */
+    float x[8] = {};
 #pragma unroll(PAIR ? 1 : 4)
     for (int j = 0; j < 8; j += 2) {
       float2 l[8];
@@ -210,8 +210,8 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
   each_task(shared, [&](const Task &task, int) {
 #pragma unroll 1
     for (; chunk < task.chunks; chunk += S::BLOCKS * SOLVERS, count += SOLVERS) {
-      const int lane =
-          S::PAIR ? own_lane : fresh_lane(); /* a pair's solvers have registers for addresses */
+      /* A pair's solvers have registers for addresses. */
+      const int lane = S::PAIR ? own_lane : fresh_lane();
       const int stage = count % S::HANDOVERS;
       const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
       const int turn = S::SYSTEM_TURNS == SOLVERS ? solver : count % S::SYSTEM_TURNS;
