@@ -402,6 +402,12 @@ static void shape_cases(void) {
       c->layout = i % 3 == 1 ? FKDA_STATE_KV : FKDA_STATE_VK;
     }
   }
+  for (int d = 1; d < 3; d++) { /* more chunks than there are places for with f32 gates */
+    fkda_case *c = add(FKDA_GROUP_shapes, 8, io_dtypes[d], "T300_g32_D128");
+    c->T = 300;
+    c->K = c->V = 128;
+    c->g_dtype = FKDA_F32;
+  }
 }
 
 /* ---- ragged: 9 ------------------------------------------------------------------------------------ */

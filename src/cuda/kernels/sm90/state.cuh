@@ -356,10 +356,9 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
             seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
       };
       /* V of the chunk whose X is on its way, and X. */
-      const auto finish_looking_up = [&](bool values_there, auto meanwhile) {
+      const auto finish_looking_up = [&](bool values_there) {
         at.values(shared).wait(values_there);
         load_v(0, ALONE ? 2 : 1);
-        meanwhile();
         cute::warpgroup_wait<0>();
         fence(xo);
       };
@@ -367,7 +366,7 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         begin();
         fence(a);
         look_up(address(shared.slots[uniform(at.slot())]), 0, K);
-        finish_looking_up(false, [] {});
+        finish_looking_up(false);
       };
       const auto by_levels = [&] {
         return !S::BOUNDED && load_shared(address(&shared.handover[place].by_levels)) != 0;
@@ -560,10 +559,12 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
             look_up(next_slot, i * CHANNELS, (i + 1) * CHANNELS);
             if (i == 0) store_out(out, here.value());
           }
+          /* Before the wait for the next V, which two places leave none for until this O has gone. */
+          release_out(here.value());
           if (!SLOT_LAST) here.give_back_slot(shared);
           here.give_back_handover(shared);
           if (SLOT_LAST) here.give_back_slot(shared);
-          finish_looking_up(values_there, [&] { release_out(here.value()); });
+          finish_looking_up(values_there);
           continue;
         }
         finish_products();
