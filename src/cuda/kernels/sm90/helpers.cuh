@@ -213,6 +213,8 @@ struct ValueMover {
       for (int chunk = 0; chunk < task.chunks; ++chunk) {
         load();
         wait_idly(shared.value_out[out_count % S::VALUES], out_count / S::VALUES & 1);
+        if (!S::WALK)
+          fence_async(); /* for all that stored: they wait for a fence, this warp has time */
         if (!S::WALK || (task.backward && rows_out(params).data))
           store(task, place_of<S>(task, chunk));
         ++out_count;

@@ -180,26 +180,55 @@ template <class S, class Handover>
 __device__ __forceinline__ void keep_in_record(const fkda_sm90_params &, const Task &, int,
                                                const Handover &, int) {}
 
-/* Of a pair: the factors of chunk number `count` of the block, once they are complete, to the other block, once that has
- * given back the places. */
+/* Where the factors of chunk number `count` of a pair's block are, and go in the other block. */
 template <class S>
-__device__ __forceinline__ void give_to_other(Shared<S> &shared, uint32_t count) {
-  constexpr int FOREIGN = S::PAIR ? S::FOREIGN : 1;
-  const int number = uniform(count), slot = number % S::SLOTS, handover = number % S::HANDOVERS;
-  const int place = number % FOREIGN, before = number - FOREIGN;
-  wait_idly(shared.handover_full[handover], number / S::HANDOVERS & 1);
-  if (before >= 0) wait_idly(shared.slot_free[before % S::SLOTS], before / S::SLOTS & 1);
-  if (cute::elect_one_sync()) {
+struct Gift {
+  static constexpr int FOREIGN = S::PAIR ? S::FOREIGN : 1;
+  Shared<S> &shared;
+  int number, slot, handover, place, before; /* before: whose places it takes */
+  __device__ __forceinline__ Gift(Shared<S> &shared, uint32_t count)
+      : shared(shared),
+        number(uniform(count)),
+        slot(number % S::SLOTS),
+        handover(number % S::HANDOVERS),
+        place(number % FOREIGN),
+        before(number - FOREIGN) {}
+
+  __device__ __forceinline__ const Barrier &free() const {
+    return shared.slot_free[before % S::SLOTS];
+  }
+  __device__ __forceinline__ uint32_t free_parity() const { return before / S::SLOTS & 1; }
+
+  /* One thread: the slot, which completes as the handover does. */
+  __device__ __forceinline__ void send_slot() const {
     const uint32_t other = 1 - cluster_rank();
     const Barrier &full = shared.handover_full[S::HANDOVERS + place];
     full.arrive_and_expect_tx(sizeof shared.slots[0] + sizeof shared.handover[0], other);
     copy_to_block(shared.slots[slot], shared.slots[S::SLOTS + place], sizeof shared.slots[0], full,
                   other);
-    copy_to_block(&shared.handover[handover], &shared.handover[S::HANDOVERS + place],
-                  sizeof shared.handover[0], full, other);
   }
-  __syncwarp();
-}
+
+  /* Sends the slot ahead, which is complete as soon as there is an L, if the other block has given back the places. Has it? */
+  __device__ __forceinline__ bool send_ahead() const {
+    if (before >= 0 && !uniform(free().test_wait(free_parity()))) return false;
+    if (cute::elect_one_sync()) send_slot();
+    __syncwarp();
+    return true;
+  }
+
+  /* All that has not been sent, once it is complete and the other block has given back the places. */
+  __device__ __forceinline__ void send(bool slot_sent) const {
+    wait_idly(shared.handover_full[handover], number / S::HANDOVERS & 1);
+    if (!slot_sent && before >= 0) wait_idly(free(), free_parity());
+    if (cute::elect_one_sync()) {
+      if (!slot_sent) send_slot();
+      copy_to_block(&shared.handover[handover], &shared.handover[S::HANDOVERS + place],
+                    sizeof shared.handover[0], shared.handover_full[S::HANDOVERS + place],
+                    1 - cluster_rank());
+    }
+    __syncwarp();
+  }
+};
 
 /* A warp: every SOLVERS-th chunk. */
 template <class S, class Params>
@@ -216,6 +245,8 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
       const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
       const int turn = S::SYSTEM_TURNS == SOLVERS ? solver : count % S::SYSTEM_TURNS;
       wait_idly(shared.L_full[turn], count / S::SYSTEM_TURNS & 1);
+      bool slot_sent = false;
+      if (S::PAIR && !S::WALK) slot_sent = Gift<S>(shared, count).send_ahead();
       typename Shared<S>::Handover &to = shared.handover[stage];
       if (S::WALK) {
         const int place = place_of<S>(task, chunk);
@@ -240,7 +271,7 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
       fence_async();
       arrive_warp(shared.L_free[system]);
       arrive_warp(shared.handover_full[S::WALK ? (uint32_t)fresh(count) % S::HANDOVERS : stage]);
-      if (S::PAIR) give_to_other(shared, count);
+      if (S::PAIR) Gift<S>(shared, count).send(slot_sent);
     }
     chunk -= task.chunks;
   });
