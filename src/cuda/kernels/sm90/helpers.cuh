@@ -90,6 +90,7 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
   for (int i = 0;; ++i) {
     Task &task = shared.tasks[i % TASKS];
     if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
+    __syncwarp(); /* all lanes have seen it free */
     if (fresh_lane() == 0) {
       task = deal_task<S>(params, shared, i);
       arrive(shared.task_full[i % TASKS]);
