@@ -109,10 +109,10 @@ struct Shared {
     uint32_t by_levels; /* are its gates too strong for one anchor? */
     float unused[25];   /* squares begin at multiples of 512 bytes */
   };
-  struct Tokens {         /* of a factor group: */
-    float square[CHUNK];  /* |q|^2 */
-    float product[CHUNK]; /* q k */
-    float beta[CHUNK];    /* (3) */
+  struct Tokens {                    /* of a factor group: */
+    float square[S::SLICES][CHUNK];  /* each slice's part of |q|^2 */
+    float product[S::SLICES][CHUNK]; /* and of q k */
+    float beta[CHUNK];               /* (3) */
   };
   char slots[S::SLOTS + S::FOREIGN][S::SLOT];
   char values[S::VALUES][S::VALUE];
