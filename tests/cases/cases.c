@@ -1395,13 +1395,24 @@ static void crowd_cases(void) {
   c->V = 128;
 }
 
-/* More chunks than there are places for with f32 gates. Last: seeds count on, so the cases before keep their data. */
-static void long_shape_cases(void) {
-  for (int d = 1; d < 3; d++) {
+/* Cases that came later: seeds count on, so those before keep their data. */
+static void later_cases(void) {
+  for (int d = 1; d < 3; d++) { /* more chunks than there are places for with f32 gates */
     fkda_case *c = add(FKDA_GROUP_shapes, 8, io_dtypes[d], "T300_g32_D128");
     c->T = 300;
     c->K = c->V = 128;
     c->g_dtype = FKDA_F32;
+  }
+  for (int d = 0; d < 3; d++) { /* nearly -80 a half of a chunk: k e^{m-G} is just below 2^108, v grows by column */
+    fkda_case *c = add(FKDA_GROUP_numbers, 5, io_dtypes[d], "some_columns_near_overflow");
+    c->T = 300;
+    c->H = c->HV = 4;
+    c->K = c->V = 128;
+    c->g = uniform(2.8, 3.4);
+    c->A_log = uniform(-0.1, 0.1);
+    c->dt_bias_dtype = FKDA_NONE;
+    c->v = (fkda_dist){FKDA_DIST_RAMP, 0, 1};
+    c->initial_dtype = FKDA_NONE;
   }
 }
 
@@ -1422,7 +1433,7 @@ static void build(void) {
   backward_cases();
   thread_cases();
   crowd_cases();
-  long_shape_cases();
+  later_cases();
 }
 
 int fkda_case_count(void) {

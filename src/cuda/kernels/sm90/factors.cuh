@@ -2,8 +2,6 @@
 #ifndef FKDA_CUDA_SM90_FACTORS_CUH
 #define FKDA_CUDA_SM90_FACTORS_CUH
 
-#include <cute/arch/mma_sm80.hpp>
-
 #include "cuda/kernels/sm90/shared.cuh"
 #include "cuda/kernels/sm90/wgmma.cuh"
 
@@ -34,7 +32,7 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
   const float unit = MODE == FKDA_GATE_BOUNDED ? gate[0].factor : 1.0f;
   const float step = behind ? unit : -unit;
   sum[0] = sum[1] = SHIFT;
-  constexpr int BATCH = S::PAIR ? 2 : MODE == FKDA_GATE_BOUNDED ? 4 : 2;
+  constexpr int BATCH = MODE == FKDA_GATE_BOUNDED ? 4 : 2;
 #pragma unroll 1
   for (int i = 0; i < HALF; i += BATCH) {
     uint32_t k[BATCH], q[BATCH], g[BATCH];
@@ -75,30 +73,6 @@ __device__ __forceinline__ void decay_operands(uint32_t slot, int warp, int lane
   }
 }
 
-/* |q|^2 and q k of 16 rows over the 64 columns of a tile: of 8 rows at a time the diagonals of [q; k] q^T, whose A
- * operand's first rows serve as B operand too. Those of rows lane / 4 and lane / 4 + 8 come to the lanes with
- * lane % 4 == lane / 8. `at`: row lane % 8, column 8 (lane / 16), in q's tile for even lane / 8, else in k's. */
-template <int UNROLL>
-__device__ __forceinline__ void square_rows(uint32_t at, int lane, float (&square)[2],
-                                            float (&product)[2]) {
-  using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
-  float d[2][4] = {};
-#pragma unroll(UNROLL)
-  for (int k = 0; k < 64; k += 16)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t a[4];
-      load_matrices((at + in_tile(8 * h, 0)) ^ (k * 2), a);
-      Mma::fma(d[h][0], d[h][1], d[h][2], d[h][3], a[0], a[1], a[2], a[3], a[0], a[2], d[h][0],
-               d[h][1], d[h][2], d[h][3]);
-    }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    square[h] = lane >> 2 & 1 ? d[h][1] : d[h][0];
-    product[h] = lane >> 2 & 1 ? d[h][3] : d[h][2];
-  }
-}
-
 /* Rows from `left` on of a slot, made such that nothing comes of them: zeros, and a raw gate without decay. */
 template <class S>
 __device__ __noinline__ void clear_rows(char *slot, int left, bool direct) {
@@ -113,25 +87,12 @@ __device__ __noinline__ void clear_rows(char *slot, int left, bool direct) {
     }
 }
 
-/* Does `mine` hold for any of the threads that share the barrier? */
-template <int THREADS = 128>
-__device__ __forceinline__ int group_sync_or(int group, bool mine) {
-  int any;
-  asm volatile(
-      "{\n .reg .pred p, q;\n setp.ne.b32 p, %2, 0;\n barrier.cta.red.or.pred q, %1, %3, p;\n"
-      " selp.b32 %0, 1, 0, q;\n}"
-      : "=r"(any)
-      : "r"(group + (int)cutlass::arch::NamedBarrier::ReservedNamedBarrierCount), "r"((int)mine),
-        "n"(THREADS)
-      : "memory");
-  return any;
-}
-
-/* [K'; Q'] K^^T, 64 x 32, on its way; K^ lies at `inverse` of a slice. */
+/* [K; Q] X^T, 64 x 32, on its way; X lies at `columns_at` of a slice. */
 template <class S>
 __device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot,
-                                              int inverse = SLICE_G) {
-  const uint64_t rows = tile_descriptor(slot + SLICE_K), columns = tile_descriptor(slot + inverse);
+                                              int columns_at = SLICE_G) {
+  const uint64_t rows = tile_descriptor(slot + SLICE_K),
+                 columns = tile_descriptor(slot + columns_at);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < S::K; k += 16) {
@@ -139,6 +100,25 @@ __device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot
     multiply(square, rows + step, columns + step, k > 0);
   }
   cute::warpgroup_commit_batch();
+}
+
+/* q k and |q|^2 of a chunk's tokens: the diagonals of [k; q] q^T. By wgmma, as mma would wait for all that other groups
+ * have given the tensor cores. */
+template <class S>
+__device__ __forceinline__ void measure_queries(typename Shared<S>::Tokens &tokens, uint32_t slot,
+                                                int warp, int lane) {
+  float square[16];
+  start_squares<S>(square, slot, SLICE_Q);
+  cute::warpgroup_wait<0>();
+  fence(square);
+  if ((lane & 3) != lane >> 3) return;
+  float *to = (warp < 2 ? tokens.product : tokens.square) + 16 * (warp & 1) + (lane >> 2);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float even = warp & 1 ? square[4 * (2 + h) + 2 * h] : square[4 * h + 2 * h];
+    const float odd = warp & 1 ? square[4 * (2 + h) + 2 * h + 1] : square[4 * h + 2 * h + 1];
+    to[8 * h] = lane >> 2 & 1 ? odd : even;
+  }
 }
 
 /* The squares of a chunk whose gates are too strong for one anchor, and what its state groups need. Two different
@@ -248,10 +228,8 @@ __device__ __forceinline__ void factors_by_levels(const Params &params, Shared<S
 template <class S>
 __device__ __forceinline__ float norm_of(const fkda_problem &p,
                                          const typename Shared<S>::Tokens &tokens, int token) {
-  float squared = (float)FKDA_L2NORM_EPS;
-#pragma unroll
-  for (int slice = 0; slice < S::SLICES; ++slice) squared += tokens.square[slice][token];
-  return p.l2norm ? (float)p.scale * rsqrtf(squared) : (float)p.scale;
+  return p.l2norm ? (float)p.scale * rsqrtf(tokens.square[token] + (float)FKDA_L2NORM_EPS)
+                  : (float)p.scale;
 }
 
 /* (2), (8) of a slot, whatever the gate. */
@@ -344,23 +322,14 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
         if (left < CHUNK) {
           clear_rows<S>(shared.slots[ring.stage], S::WALK && left < 0 ? 0 : left,
                         p.gate == FKDA_GATE_DIRECT);
+          fence_async();
           group_sync(group);
         }
         const bool queries = has_queries<S>(task);
-        if (queries && warp / 2 < S::SLICES) {
-          const int row = 16 * (warp & 1);
-          float square[2], product[2];
-          square_rows<S::PAIR ? 1 : 4>(slot + warp / 2 * S::SLICE + (lane & 8 ? SLICE_K : SLICE_Q) +
-                                           in_tile(row + (lane & 7), lane >> 4 << 3),
-                                       lane, square, product);
-          if ((lane & 3) == lane >> 3)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              tokens.square[warp / 2][row + (lane >> 2) + 8 * h] = square[h];
-              tokens.product[warp / 2][row + (lane >> 2) + 8 * h] = product[h];
-            }
+        if (queries) {
+          measure_queries<S>(tokens, slot, warp, lane);
+          group_sync(group); /* q and k have been read */
         }
-        if (queries) group_sync(group); /* q and k have been read */
         const bool active = 32 * warp < S::K;
         if (active) {
           if (!S::WALK)
@@ -494,9 +463,7 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int i = 16 * (warp - 2) + g + 8 * h;
-          float product = 0;
-#pragma unroll
-          for (int slice = 0; slice < S::SLICES; ++slice) product += tokens.product[slice][i];
+          float product = tokens.product[i];
           if (S::WALK) product *= norm_of<S>(p, tokens, i);
           uint32_t tiles[4];
 #pragma unroll

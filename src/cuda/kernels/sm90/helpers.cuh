@@ -90,6 +90,7 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
   for (int i = 0;; ++i) {
     Task &task = shared.tasks[i % TASKS];
     if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
+    __syncwarp(); /* all lanes have seen it free */
     if (fresh_lane() == 0) {
       task = deal_task<S>(params, shared, i);
       arrive(shared.task_full[i % TASKS]);
@@ -213,6 +214,8 @@ struct ValueMover {
       for (int chunk = 0; chunk < task.chunks; ++chunk) {
         load();
         wait_idly(shared.value_out[out_count % S::VALUES], out_count / S::VALUES & 1);
+        if (!S::WALK)
+          fence_async(); /* for all that stored: they wait for a fence, this warp has time */
         if (!S::WALK || (task.backward && rows_out(params).data))
           store(task, place_of<S>(task, chunk));
         ++out_count;

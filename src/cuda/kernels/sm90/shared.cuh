@@ -109,10 +109,10 @@ struct Shared {
     uint32_t by_levels; /* are its gates too strong for one anchor? */
     float unused[25];   /* squares begin at multiples of 512 bytes */
   };
-  struct Tokens {                    /* of a factor group: */
-    float square[S::SLICES][CHUNK];  /* each slice's part of |q|^2 */
-    float product[S::SLICES][CHUNK]; /* and of q k */
-    float beta[CHUNK];               /* (3) */
+  struct Tokens {         /* of a factor group: */
+    float square[CHUNK];  /* |q|^2 */
+    float product[CHUNK]; /* q k */
+    float beta[CHUNK];    /* (3) */
   };
   char slots[S::SLOTS + S::FOREIGN][S::SLOT];
   char values[S::VALUES][S::VALUE];
@@ -186,6 +186,20 @@ __device__ __forceinline__ void init_warps(const Barrier &barrier, int warps) {
 }
 /* Ordinary stores before, tensor cores or the copy engine after a barrier that follows. */
 __device__ __forceinline__ void fence_async() { cutlass::arch::fence_view_async_shared(); }
+
+/* Does `mine` hold for any of the threads that share the barrier? */
+template <int THREADS = 128>
+__device__ __forceinline__ int group_sync_or(int group, bool mine) {
+  int any;
+  asm volatile(
+      "{\n .reg .pred p, q;\n setp.ne.b32 p, %2, 0;\n barrier.cta.red.or.pred q, %1, %3, p;\n"
+      " selp.b32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(group + (int)cutlass::arch::NamedBarrier::ReservedNamedBarrierCount), "r"((int)mine),
+        "n"(THREADS)
+      : "memory");
+  return any;
+}
 
 /* Calls visit(task, its number) for every task of the block, in a warp that is one of CONSUMER_WARPS. */
 template <class S, class Visit>

@@ -62,7 +62,7 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     const float scale = to.column[lane];
     /* From row j on; rows below the block are read, too, and nothing comes of them. */
     float x[8] = {};
-#pragma unroll(PAIR ? 1 : 4)
+#pragma unroll(4)
     for (int j = 0; j < 8; j += 2) {
       float2 l[8];
 #pragma unroll
@@ -87,10 +87,25 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
   const auto pair_at = [&](int row, int column) {
     return *reinterpret_cast<const float2 *>(&L[row][column]);
   };
+  /* Of 16 and 16: T11^T but for its blocks of 8 and 8, which come last, and L21^T, 8 columns after the other. */
+  Split<4> a;
+  Split<2> b[2];
+  const auto load_sixteen = [&] {
+    const float2 a0 = pair_at(g, t), a3 = pair_at(8 + g, 8 + t);
+    a.set(0, a0.x, a0.y), a.clear(1), a.set(3, a3.x, a3.y);
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 L21 = pair_at(16 + 8 * n + g, t + 8 * i);
+        b[n].set(i, L21.x, L21.y);
+      }
+  };
+  if (PAIR) load_sixteen();
   { /* two pairs of 8 at once: the one in rows and k 0-7 of the product, the other in 8-15 */
-    Split<4> a;
-    Split<2> b;
-    a.clear(1), a.clear(2);
+    Split<4> c;
+    Split<2> d;
+    c.clear(1), c.clear(2);
     float y[4];
     constexpr int NEXT = 16 * PITCH + 16; /* from one pair to the other */
 #pragma unroll
@@ -100,54 +115,41 @@ __device__ __forceinline__ void invert(float (&L)[CHUNK][CHUNK + 4], H &to, int 
     }
     const float *from = &L[8 + g][t]; /* L21, then T22 */
     int step = 1;
-#pragma unroll(PAIR ? 1 : 2)
+#pragma unroll
     for (int turn = 0; turn < 2; ++turn) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        a.set(3 * pair, y[2 * pair], y[2 * pair + 1]);
-        b.set(pair, from[pair * NEXT], from[pair * NEXT + step]);
+        c.set(3 * pair, y[2 * pair], y[2 * pair + 1]);
+        d.set(pair, from[pair * NEXT], from[pair * NEXT + step]);
       }
-      multiply_split(y, a, b);
+      multiply_split(y, c, d);
       from = &L[8 + t][8 + g], step = PITCH;
     }
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair)
-      *reinterpret_cast<float2 *>(&L[16 * pair + g][16 * pair + 8 + t]) =
-          make_float2(y[2 * pair], y[2 * pair + 1]);
+    *reinterpret_cast<float2 *>(&L[16 + g][24 + t]) = make_float2(y[2], y[3]);
     store_parts(T + part * SQUARE + in_square(16 * second + row, 16 * second + 8), {y[0], y[1]},
                 {y[2], y[3]}, to.column[g], to.column[16 + g]);
+    if (!PAIR) load_sixteen();
+    a.set(2, y[0], y[1]);
   }
   __syncwarp();
   {
-    Split<4> a, y; /* y: T11^T L21^T, 8 columns after the other */
-    const float2 a0 = pair_at(g, t), a2 = pair_at(g, 8 + t), a3 = pair_at(8 + g, 8 + t);
-    a.set(0, a0.x, a0.y), a.clear(1), a.set(2, a2.x, a2.y), a.set(3, a3.x, a3.y);
-    y.clear(0), y.clear(1), y.clear(2), y.clear(3);
-#pragma unroll 1
-    for (int n = 0; n < 16; n += 8) {
-      Split<2> b;
+    Split<4> y; /* T11^T L21^T, 8 columns after the other */
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 L21 = pair_at(16 + n + g, t + 8 * i);
-        b.set(i, L21.x, L21.y);
-      }
+    for (int n = 0; n < 2; ++n) {
       float d[4];
-      multiply_split(d, a, b);
+      multiply_split(d, a, b[n]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        y.high[i] = y.high[i + 2], y.low[i] = y.low[i + 2];
-        y.set(i + 2, d[2 * i], d[2 * i + 1]);
-      }
+      for (int i = 0; i < 2; ++i) y.set(2 * n + i, d[2 * i], d[2 * i + 1]);
     }
     const float scale0 = to.column[g], scale8 = to.column[8 + g];
-#pragma unroll 1
+#pragma unroll
     for (int n = 0; n < 16; n += 8) {
-      Split<2> b;
-      b.set(0, L[16 + t][16 + n + g], L[16 + t + 1][16 + n + g]);
-      b.set(1, n ? L[24 + t][24 + g] : 0,
+      Split<2> c;
+      c.set(0, L[16 + t][16 + n + g], L[16 + t + 1][16 + n + g]);
+      c.set(1, n ? L[24 + t][24 + g] : 0,
             n ? L[24 + t + 1][24 + g] : 0); /* nothing above T's diagonal */
       float z[4];
-      multiply_split(z, y, b);
+      multiply_split(z, y, c);
       store_parts(T + part * SQUARE + in_square(8 * second + row, 16 + n), {z[0], z[1]},
                   {z[2], z[3]}, scale0, scale8);
     }
@@ -180,26 +182,55 @@ template <class S, class Handover>
 __device__ __forceinline__ void keep_in_record(const fkda_sm90_params &, const Task &, int,
                                                const Handover &, int) {}
 
-/* Of a pair: the factors of chunk number `count` of the block, once they are complete, to the other block, once that has
- * given back the places. */
+/* Where the factors of chunk number `count` of a pair's block are, and go in the other block. */
 template <class S>
-__device__ __forceinline__ void give_to_other(Shared<S> &shared, uint32_t count) {
-  constexpr int FOREIGN = S::PAIR ? S::FOREIGN : 1;
-  const int number = uniform(count), slot = number % S::SLOTS, handover = number % S::HANDOVERS;
-  const int place = number % FOREIGN, before = number - FOREIGN;
-  wait_idly(shared.handover_full[handover], number / S::HANDOVERS & 1);
-  if (before >= 0) wait_idly(shared.slot_free[before % S::SLOTS], before / S::SLOTS & 1);
-  if (cute::elect_one_sync()) {
+struct Gift {
+  static constexpr int FOREIGN = S::PAIR ? S::FOREIGN : 1;
+  Shared<S> &shared;
+  int number, slot, handover, place, before; /* before: whose places it takes */
+  __device__ __forceinline__ Gift(Shared<S> &shared, uint32_t count)
+      : shared(shared),
+        number(uniform(count)),
+        slot(number % S::SLOTS),
+        handover(number % S::HANDOVERS),
+        place(number % FOREIGN),
+        before(number - FOREIGN) {}
+
+  __device__ __forceinline__ const Barrier &free() const {
+    return shared.slot_free[before % S::SLOTS];
+  }
+  __device__ __forceinline__ uint32_t free_parity() const { return before / S::SLOTS & 1; }
+
+  /* One thread: the slot, which completes as the handover does. */
+  __device__ __forceinline__ void send_slot() const {
     const uint32_t other = 1 - cluster_rank();
     const Barrier &full = shared.handover_full[S::HANDOVERS + place];
     full.arrive_and_expect_tx(sizeof shared.slots[0] + sizeof shared.handover[0], other);
     copy_to_block(shared.slots[slot], shared.slots[S::SLOTS + place], sizeof shared.slots[0], full,
                   other);
-    copy_to_block(&shared.handover[handover], &shared.handover[S::HANDOVERS + place],
-                  sizeof shared.handover[0], full, other);
   }
-  __syncwarp();
-}
+
+  /* Sends the slot ahead, which is complete as soon as there is an L, if the other block has given back the places. Has it? */
+  __device__ __forceinline__ bool send_ahead() const {
+    if (before >= 0 && !uniform(free().test_wait(free_parity()))) return false;
+    if (cute::elect_one_sync()) send_slot();
+    __syncwarp();
+    return true;
+  }
+
+  /* All that has not been sent, once it is complete and the other block has given back the places. */
+  __device__ __forceinline__ void send(bool slot_sent) const {
+    wait_idly(shared.handover_full[handover], number / S::HANDOVERS & 1);
+    if (!slot_sent && before >= 0) wait_idly(free(), free_parity());
+    if (cute::elect_one_sync()) {
+      if (!slot_sent) send_slot();
+      copy_to_block(&shared.handover[handover], &shared.handover[S::HANDOVERS + place],
+                    sizeof shared.handover[0], shared.handover_full[S::HANDOVERS + place],
+                    1 - cluster_rank());
+    }
+    __syncwarp();
+  }
+};
 
 /* A warp: every SOLVERS-th chunk. */
 template <class S, class Params>
@@ -216,6 +247,8 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
       const int system = S::SYSTEMS == SOLVERS ? solver : count % S::SYSTEMS;
       const int turn = S::SYSTEM_TURNS == SOLVERS ? solver : count % S::SYSTEM_TURNS;
       wait_idly(shared.L_full[turn], count / S::SYSTEM_TURNS & 1);
+      bool slot_sent = false;
+      if (S::PAIR && !S::WALK) slot_sent = Gift<S>(shared, count).send_ahead();
       typename Shared<S>::Handover &to = shared.handover[stage];
       if (S::WALK) {
         const int place = place_of<S>(task, chunk);
@@ -240,7 +273,7 @@ __device__ void solve(const Params &params, Shared<S> &shared, int solver) {
       fence_async();
       arrive_warp(shared.L_free[system]);
       arrive_warp(shared.handover_full[S::WALK ? (uint32_t)fresh(count) % S::HANDOVERS : stage]);
-      if (S::PAIR) give_to_other(shared, count);
+      if (S::PAIR) Gift<S>(shared, count).send(slot_sent);
     }
     chunk -= task.chunks;
   });

@@ -11,6 +11,18 @@
 
 namespace fkda {
 
+/* A phase of a barrier. An answer takes a hundred cycles, so where they count one asks early, and later waits if it was
+ * not over. */
+struct Awaited {
+  const Barrier &barrier;
+  uint32_t parity;
+  __device__ __forceinline__ bool over() const { return barrier.test_wait(parity); }
+  __device__ __forceinline__ void wait(bool over = false) const {
+    if (!over) barrier.wait(parity);
+    asm volatile("" ::: "memory");
+  }
+};
+
 /* Where a state group finds the chunk that it is at. */
 template <class S, bool PAIR = S::PAIR>
 struct Position {
@@ -19,17 +31,14 @@ struct Position {
   __device__ __forceinline__ int handover() const { return place_in<S::HANDOVERS>(ring).stage; }
   __device__ __forceinline__ int value() const { return place_in<S::VALUES>(ring).stage; }
   __device__ __forceinline__ void next() { ring.next(); }
-  /* Tells its places, to at(), whose result is to be asked for nothing else. */
-  __device__ __forceinline__ int mark() const { return ring.stage; }
-  __device__ __forceinline__ Position at(int mark) const { return {{mark, 0}}; }
 
-  __device__ __forceinline__ void wait_for_factors(const Shared<S> &shared) const {
+  __device__ __forceinline__ Awaited factors(const Shared<S> &shared) const {
     const Ring<S::HANDOVERS> in = place_in<S::HANDOVERS>(ring);
-    wait(shared.handover_full[in.stage], in.parity);
+    return {shared.handover_full[in.stage], in.parity};
   }
-  __device__ __forceinline__ void wait_for_values(const Shared<S> &shared) const {
+  __device__ __forceinline__ Awaited values(const Shared<S> &shared) const {
     const Ring<S::VALUES> in = place_in<S::VALUES>(ring);
-    wait(shared.value_full[in.stage], in.parity);
+    return {shared.value_full[in.stage], in.parity};
   }
   __device__ __forceinline__ void give_back_slot(const Shared<S> &shared) const {
     arrive_warp(shared.slot_free[slot()]);
@@ -57,15 +66,13 @@ struct Position<S, true> {
   }
   __device__ __forceinline__ int value() const { return chunk % S::VALUES; }
   __device__ __forceinline__ void next() { ++chunk; }
-  __device__ __forceinline__ int mark() const { return chunk; }
-  __device__ __forceinline__ Position at(int mark) const { return {(uint32_t)mark, rank}; }
 
-  __device__ __forceinline__ void wait_for_factors(const Shared<S> &shared) const {
+  __device__ __forceinline__ Awaited factors(const Shared<S> &shared) const {
     const uint32_t use = own() ? number() / S::HANDOVERS : number() / S::FOREIGN;
-    wait(shared.handover_full[handover()], use & 1);
+    return {shared.handover_full[handover()], use & 1};
   }
-  __device__ __forceinline__ void wait_for_values(const Shared<S> &shared) const {
-    wait(shared.value_full[value()], chunk / S::VALUES & 1);
+  __device__ __forceinline__ Awaited values(const Shared<S> &shared) const {
+    return {shared.value_full[value()], chunk / S::VALUES & 1};
   }
   __device__ __forceinline__ void give_back_slot(const Shared<S> &) const {} /* see below */
   /* Slot and handover, to the block that has made them. */
@@ -198,6 +205,10 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         warp / 4 * TILE + in_tile((lane & 7) + ((lane >> 4) << 3), 16 * (warp & 3) + (lane & 8));
   }
   constexpr bool ALONE = S::STATE_GROUPS == 1;
+  constexpr int PARTS = ALONE ? S::SLICES : 1; /* of S, each with K / PARTS of the channels */
+  const auto part_of = [](float(&x)[K / 2], int i) -> float(&)[K / 2 / PARTS] {
+    return reinterpret_cast<float(&)[K / 2 / PARTS]>(x[i * K / 2 / PARTS]);
+  };
   Position<S> at;
   each_task(shared, [&](const Task &task, int) {
     const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
@@ -244,41 +255,69 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
     };
 
     uint32_t a[K / 4]; /* S1 = S e^m, as operand */
-    float o[16];
+    float xo[32];      /* X, and O behind it */
     const auto begin = [&] {
-      at.wait_for_factors(shared);
+      at.factors(shared).wait();
       decay_state<K>(s, shared.handover[at.handover()].to_anchor, fresh_lane());
 #pragma unroll
       for (int i = 0; i < K / 4; ++i) a[i] = pack(s[2 * i], s[2 * i + 1]);
     };
-    /* O, as it is to be, in the place of v. */
-    const auto hand_out = [&](const Position<S> &from, bool huge) {
-      const int lane = fresh_lane(), place = from.value();
-      const float *norms = shared.handover[from.handover()].norm_q;
-      char *tile = shared.values[place] + matrix_at;
-      uint32_t out[8];
+    /* O, as it is to be, and into the place of v. */
+    const auto load_norms = [](float2(&norms)[4], const float *from) {
+      const int lane = fresh_lane();
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        norms[n] = *reinterpret_cast<const float2 *>(&from[8 * n + 2 * (lane & 3)]);
+    };
+    const auto pack_out = [&](uint32_t(&out)[8], const float2(&norms)[4]) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        float2 r = *reinterpret_cast<const float2 *>(&norms[8 * n + 2 * (lane & 3)]);
-        if (huge) r.x *= 0x1p96f, r.y *= 0x1p96f;
-        out[2 * n] = pack(o[4 * n] * r.x, o[4 * n + 1] * r.y);
-        out[2 * n + 1] = pack(o[4 * n + 2] * r.x, o[4 * n + 3] * r.y);
+        const float2 r = norms[n];
+        out[2 * n] = pack(xo[16 + 4 * n] * r.x, xo[17 + 4 * n] * r.y);
+        out[2 * n + 1] = pack(xo[18 + 4 * n] * r.x, xo[19 + 4 * n] * r.y);
       }
+    };
+    const auto store_out = [&](const uint32_t(&out)[8], int place) {
+      char *tile = shared.values[place] + matrix_at;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         cute::SM90_U16x8_STSM_T::copy(
             out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3],
             *reinterpret_cast<cute::uint128_t *>(tile + i * in_tile(16, 0)));
-      fence_async();
-      arrive_warp(shared.value_out[place]);
     };
-    /* O = S1 Q'^T */
-    const auto start_queries = [&](uint32_t slot) {
-      const uint64_t Q_rows = tile_descriptor(slot + SLICE_Q);
+    const auto release_out = [&](int place) { arrive_warp(shared.value_out[place]); };
+    const auto hand_out = [&](bool huge) {
+      uint32_t out[8];
+      float2 norms[4];
+      load_norms(norms, shared.handover[at.handover()].norm_q);
+      if (huge)
 #pragma unroll
-      for (int k = 0; k < K; k += 16)
-        multiply<Major::K>(o, a + k / 4, Q_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
+        for (int n = 0; n < 4; ++n) norms[n].x *= 0x1p96f, norms[n].y *= 0x1p96f;
+      pack_out(out, norms);
+      store_out(out, at.value());
+      release_out(at.value());
+    };
+    /* [X O] (+)= S1 [K' Q']^T, of the channels from `from` up to `end`; on its way. */
+    const auto look_up = [&](uint32_t slot, int from, int end) {
+      const uint64_t rows = tile_descriptor(slot + SLICE_K);
+      static_assert(SLICE_Q == SLICE_K + TILE, "one operand");
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = from; k < end; k += 16)
+        multiply<Major::K>(xo, a + k / 4, rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
       cute::warpgroup_commit_batch();
+    };
+
+    /* O += u P^T. P stands behind T's low part as Q' does behind K'; what comes to X's place is not looked at. */
+    const auto add_scores = [&](const uint32_t(&u)[8], uint64_t T_low) {
+      multiply<Major::K>(xo, u, T_low, true);
+      multiply<Major::K>(xo, u + 4, T_low + 2, true);
+    };
+    /* S += u K^, of 16 tokens */
+    const auto add_keys = [&](const uint32_t *u, uint64_t keys) {
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i)
+        multiply<Major::MN>(part_of(s, i), u, keys + i * S::SLICE / 16, true);
     };
 
     /* What seldom happens to a chunk stands behind the loop over ordinary ones: a jump across it would make each
@@ -289,125 +328,64 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         visit(left > 0 ? left : 0);
         if (left <= 0) break;
       }
+      float x[16]; /* U */
       uint32_t u[8];
       bool huge, halfway, rare;
-      int before = -1; /* mark of the chunk whose o is still in registers */
-      if (ALONE) begin();
-#pragma unroll 1
-      for (;;) {
-        if (!ALONE) begin();
-        const int lane = fresh_lane();
-        const uint32_t slot = address(shared.slots[uniform(at.slot())]);
-        const int place = uniform(at.handover());
-        const typename Shared<S>::Handover &f = shared.handover[place];
-        const float guard = f.guard;
-
-        float x[16];
-        const uint64_t K_rows = tile_descriptor(slot + SLICE_K);
-        fence(a);
-        cute::warpgroup_arrive();
+      uint32_t slot;
+      int place;     /* of the chunk's handover */
+      uint32_t w[8]; /* V, then W; V comes as pairs of tokens, 16 tokens at a time */
+      const auto load_v = [&](int begin, int end) {
+        char *tile = shared.values[at.value()] + matrix_at;
 #pragma unroll
-        for (int k = 0; k < K; k += 16)
-          multiply<Major::K>(x, a + k / 4, K_rows + (k / 64 * S::SLICE + k % 64 * 2) / 16, k > 0);
-        cute::warpgroup_commit_batch();
-        if (!ALONE) {
-          start_queries(slot);
-        } else if (before >= 0) {
-          const Position<S> last = at.at(before);
-          hand_out(last, false);
-          last.give_back_handover(shared);
-          if (SLOT_LAST) last.give_back_slot(shared);
-        }
-
-        /* W[v,j] = V[v,j] - r_j X[v,j], in two parts; V comes as pairs of tokens, 16 tokens at a time */
-        uint32_t w[8], w_low[8];
-        const auto load_v = [&](int i) {
-          char *tile =
-              shared.values[!S::PAIR && S::VALUES == S::HANDOVERS ? place : at.value()] + matrix_at;
+        for (int i = begin; i < end; ++i)
           cute::SM75_U16x8_LDSM_T::copy(
               *reinterpret_cast<const cute::uint128_t *>(tile + i * in_tile(16, 0)), w[4 * i],
               w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
-          if (left < CHUNK) /* nothing of what lies behind the sequence */
+        if (left < CHUNK) { /* nothing of what lies behind the sequence */
+          const int lane = fresh_lane();
 #pragma unroll
-            for (int n = 2 * i; n < 2 * i + 2; ++n) {
-              const int j = 8 * n + 2 * (lane & 3);
-              const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
-              w[2 * n] &= mask, w[2 * n + 1] &= mask;
-            }
-          if (ALONE)
-#pragma unroll
-            for (int n = 4 * i; n < 4 * i + 4; ++n)
-              seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
-        };
-        at.wait_for_values(shared);
-        load_v(0);
-        if (ALONE) load_v(1);
-        cute::warpgroup_wait<0>();
-        if (!ALONE) fence(o);
-        fence(x);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          if (!ALONE && n == 2) load_v(1);
-          const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint32_t v = w[2 * n + h];
-            const float w0 = fmaf(-r.x, x[4 * n + 2 * h], low_of(v));
-            const float w1 = fmaf(-r.y, x[4 * n + 2 * h + 1], high_of(v));
-            w[2 * n + h] = pack(w0, w1);
-            w_low[2 * n + h] = pack_rest(w0, w1, w[2 * n + h]);
+          for (int n = 2 * begin; n < 2 * end; ++n) {
+            const int j = 8 * n + 2 * (lane & 3);
+            const uint32_t mask = (j < left ? 0x0000ffffu : 0) | (j + 1 < left ? 0xffff0000u : 0);
+            w[2 * n] &= mask, w[2 * n + 1] &= mask;
           }
         }
-        /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
-        const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
-        fence(w);
-        fence(w_low);
-        if (ALONE) fence(a);
-        cute::warpgroup_arrive();
-        multiply_by_parts<Major::MN>(x, w, w_low, T_high, T_low);
-        cute::warpgroup_commit_batch();
-        if (ALONE) start_queries(slot); /* behind U, which is waited for */
-        /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
-         * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
-         * remember it, and look at W. */
-        if (ALONE) {
-          huge =
-              __any_sync(0xffffffffu, fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
-          cute::warpgroup_wait<1>();
-        } else {
-          __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
+        if (ALONE)
 #pragma unroll
-          for (int i = 1; i < 8; ++i)
-            largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
-          huge = __any_sync(0xffffffffu,
-                            fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
-          cute::warpgroup_wait<0>();
-        }
+          for (int n = 4 * begin; n < 4 * end; ++n)
+            seen = __hmax2(seen, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[n])));
+      };
+      /* V of the chunk whose X is on its way, and X. */
+      const auto finish_looking_up = [&](bool values_there) {
+        at.values(shared).wait(values_there);
+        load_v(0, ALONE ? 2 : 1);
+        cute::warpgroup_wait<0>();
+        fence(xo);
+      };
+      const auto start_chunk = [&] {
+        begin();
+        fence(a);
+        look_up(address(shared.slots[uniform(at.slot())]), 0, K);
+        finish_looking_up(false);
+      };
+      const auto by_levels = [&] {
+        return !S::BOUNDED && load_shared(address(&shared.handover[place].by_levels)) != 0;
+      };
+      /* (11), (12) of any chunk whose U is on its way. */
+      const auto finish_products = [&] {
+        const typename Shared<S>::Handover &f = shared.handover[place];
+        const float guard = f.guard;
+        cute::warpgroup_wait<0>();
         fence(x);
         if (huge) {
-          if (ALONE) {
-            cute::warpgroup_wait<0>();
-            fence(o);
-          }
           scale_in_place(x, 0x1p-96f);
-          scale_in_place(o, 0x1p-96f);
+          scale_in_place(xo, 0x1p-96f);
           scale_in_place(s, 0x1p-96f);
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
-        /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
-         * decayed to the end of each half before it takes U of it. */
-        const auto by_levels = [&] {
-          return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0;
-        };
-        halfway = by_levels() || (left_at_next == left - HALF && left > HALF);
         if (by_levels()) decay_in_place<K>(s, f.first_half);
-        uint32_t u_second[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
-
-        /* (11) O += U P^T, (12) S += U K^ */
-        const uint64_t P = T_high + 2 * SQUARE / 16;
+        const uint64_t T_low = square_descriptor(address(f.T_low));
         const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
         const uint64_t K_second = K_first + HALF * 128 / 16;
         /* Nearly parallel keys: what U loses by rounding adds up in S, and O is the small sum of large terms. So its
@@ -420,84 +398,185 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
           for (int i = 0; i < 4; ++i) rest_second[i] = halfway ? 0 : rest[4 + i];
           fence(rest);
           fence(rest_second);
-          fence(o);
+          fence(xo);
           fence(s);
           cute::warpgroup_arrive();
-          multiply<Major::K>(o, rest, P, true);
-          multiply<Major::K>(o, rest + 4, P + 2, true);
-          multiply<Major::MN>(s, rest, K_first, true);
-          multiply<Major::MN>(s, rest_second, K_second, true);
+          add_scores(rest, T_low);
+          add_keys(rest, K_first);
+          add_keys(rest_second, K_second);
           cute::warpgroup_commit_batch();
           cute::warpgroup_wait<0>();
         }
+        uint32_t u_second[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) u_second[i] = halfway ? 0 : u[4 + i];
+
         fence(u);
         fence(u_second);
-        if (!ALONE) fence(o);
+        fence(xo);
         fence(s);
         cute::warpgroup_arrive();
-        multiply<Major::K>(o, u, P, true);
-        multiply<Major::K>(o, u + 4, P + 2, true);
+        add_scores(u, T_low);
         cute::warpgroup_commit_batch();
-        multiply<Major::MN>(s, u, K_first, true);
-        multiply<Major::MN>(s, u_second, K_second, true);
+        add_keys(u, K_first);
+        add_keys(u_second, K_second);
         cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();
+        fence(xo);
+        hand_out(huge);
+        cute::warpgroup_wait<0>();
+        fence(s);
+      };
+      if (ALONE) start_chunk();
+#pragma unroll 1
+      for (;;) {
+        if (!ALONE) start_chunk();
+        const int lane = fresh_lane();
+        slot = address(shared.slots[uniform(at.slot())]);
+        place = uniform(at.handover());
+        const typename Shared<S>::Handover &f = shared.handover[place];
+        const float guard = f.guard;
+
+        /* W[v,j] = V[v,j] - r_j X[v,j], in two parts */
+        uint32_t w_low[8];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (!ALONE && n == 2) load_v(1, 2);
+          const float2 r = *reinterpret_cast<const float2 *>(&f.norm_k[8 * n + 2 * (lane & 3)]);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t v = w[2 * n + h];
+            const float w0 = fmaf(-r.x, xo[4 * n + 2 * h], low_of(v));
+            const float w1 = fmaf(-r.y, xo[4 * n + 2 * h + 1], high_of(v));
+            w[2 * n + h] = pack(w0, w1);
+            w_low[2 * n + h] = pack_rest(w0, w1, w[2 * n + h]);
+          }
+        }
+        /* (10) U[v,i] = sum_j W[v,j] T[i,j] */
+        const uint64_t T_high = square_descriptor(address(f.T_high)), T_low = T_high + SQUARE / 16;
+        fence(w);
+        fence(w_low);
+        Position<S> next = at;
+        bool next_there = false;
+        if (ALONE) {
+          next.next();
+          next_there = next.factors(shared).over();
+        }
+        cute::warpgroup_arrive();
+        multiply_by_parts<Major::MN>(x, w, w_low, T_high, T_low);
+        cute::warpgroup_commit_batch();
+        /* U^T K^ overflows where v is huge and the second half's gates are strong, though S e^{G_C-m} would not: such
+         * rows are worked on times 2^-96. Whatever was huge once may still lie in S; two groups lack the register to
+         * remember it, and look at W. */
+        if (ALONE) { /* all of the group, which goes one way: its products are joint instructions */
+          huge = group_sync_or(S::FACTOR_GROUPS + 1,
+                               fmaxf(__low2float(seen), __high2float(seen)) > fabsf(guard));
+        } else {
+          __nv_bfloat162 largest = __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[0]));
+#pragma unroll
+          for (int i = 1; i < 8; ++i)
+            largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162 &>(w[i])));
+          huge = __any_sync(0xffffffffu,
+                            fmaxf(__low2float(largest), __high2float(largest)) > fabsf(guard));
+        }
+        /* A checkpoint after the chunk's first half: S1 without the second half is the state there. By levels S is
+         * decayed to the end of each half before it takes U of it. */
+        halfway = by_levels() || (left_at_next == left - HALF && left > HALF);
         const bool parallel = guard < 0 && !by_levels() && load_shared(address(&f.collinear)) == 2;
         rare = huge || halfway || parallel;
         const bool last = left <= CHUNK || left - CHUNK <= left_at_next;
+        if (ALONE && (rare || last || guard < 0)) break;
         if (ALONE) {
-          if (!rare && !last) {
-            /* On to the next chunk's S1 at once, by two factors: their product may underflow where S does not. O is
-             * handed out when X of that chunk is on its way. */
+          /* On to the next chunk's S1 and X, a part while the tensor cores are at the other. By two factors: their
+           * product may underflow where S does not. */
+          constexpr int CHANNELS = K / PARTS;
+          constexpr bool EARLY = S::PAIR && S::BOUNDED; /* are there registers for all decays? */
+          float2 end[PARTS][CHANNELS / 8], anchor[PARTS][CHANNELS / 8], norms[4];
+          const Position<S> here = at;
+          at = next;
+          const auto load_decays = [&](int part) {
+            const float *to_anchor = shared.handover[at.handover()].to_anchor;
             const int lane = fresh_lane();
-            float2 end[K / 8];
 #pragma unroll
-            for (int n = 0; n < K / 8; ++n)
-              end[n] = *reinterpret_cast<const float2 *>(&f.to_end[8 * n + 2 * (lane & 3)]);
-            before = at.mark();
-            left -= CHUNK;
-            at.next();
-            at.wait_for_factors(shared);
-            const float *anchor = shared.handover[at.handover()].to_anchor;
-            cute::warpgroup_wait<0>();
-            fence(s);
-            fence(o);
-            if (!SLOT_LAST) at.at(before).give_back_slot(shared);
-#pragma unroll
-            for (int n = 0; n < K / 8; ++n) {
-              const float2 d = *reinterpret_cast<const float2 *>(&anchor[8 * n + 2 * (lane & 3)]);
-              s[4 * n] = s[4 * n] * end[n].x * d.x;
-              s[4 * n + 1] = s[4 * n + 1] * end[n].y * d.y;
-              s[4 * n + 2] = s[4 * n + 2] * end[n].x * d.x;
-              s[4 * n + 3] = s[4 * n + 3] * end[n].y * d.y;
-              a[2 * n] = pack(s[4 * n], s[4 * n + 1]);
-              a[2 * n + 1] = pack(s[4 * n + 2], s[4 * n + 3]);
+            for (int n = 0; n < CHANNELS / 8; ++n) {
+              const int channel = part * CHANNELS + 8 * n + 2 * (lane & 3);
+              end[part][n] = *reinterpret_cast<const float2 *>(&f.to_end[channel]);
+              anchor[part][n] = *reinterpret_cast<const float2 *>(&to_anchor[channel]);
             }
-            continue;
+          };
+          at.factors(shared).wait(next_there);
+          if (S::PAIR) load_decays(0);
+          cute::warpgroup_wait<0>();
+          fence(x);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) u[i] = pack(x[2 * i], x[2 * i + 1]);
+          const uint64_t K_first = tile_descriptor(slot + SLICE_G, S::SLICE);
+          const uint64_t K_second = K_first + HALF * 128 / 16;
+          fence(u);
+          fence(xo);
+          fence(s);
+          cute::warpgroup_arrive();
+          add_scores(u, T_low);
+          cute::warpgroup_commit_batch();
+#pragma unroll
+          for (int i = 0; i < PARTS; ++i) {
+            multiply<Major::MN>(part_of(s, i), u, K_first + i * S::SLICE / 16, true);
+            multiply<Major::MN>(part_of(s, i), u + 4, K_second + i * S::SLICE / 16, true);
+            cute::warpgroup_commit_batch();
           }
-        } else {
-          cute::warpgroup_wait<1>();
-          fence(o);
-          hand_out(at, huge);
+          if (EARLY)
+#pragma unroll
+            for (int i = 1; i < PARTS; ++i) load_decays(i);
+          load_norms(norms, f.norm_q);
+          const bool values_there = at.values(shared).over();
+          cute::warpgroup_wait<PARTS>();
+          fence(xo);
+          uint32_t out[8];
+          pack_out(out, norms);
+          left -= CHUNK;
+          const uint32_t next_slot = address(shared.slots[uniform(at.slot())]);
+#pragma unroll
+          for (int i = 0; i < PARTS; ++i) {
+            if (i ? !EARLY : !S::PAIR) load_decays(i);
+            if (i == 0)
+              cute::warpgroup_wait<PARTS - 1>();
+            else
+              cute::warpgroup_wait<1>(); /* what is later: the part of X before */
+            float(&t)[CHANNELS / 2] = part_of(s, i);
+            fence(t);
+#pragma unroll
+            for (int n = 0; n < CHANNELS / 8; ++n) {
+              t[4 * n] = t[4 * n] * end[i][n].x * anchor[i][n].x;
+              t[4 * n + 1] = t[4 * n + 1] * end[i][n].y * anchor[i][n].y;
+              t[4 * n + 2] = t[4 * n + 2] * end[i][n].x * anchor[i][n].x;
+              t[4 * n + 3] = t[4 * n + 3] * end[i][n].y * anchor[i][n].y;
+              a[i * CHANNELS / 4 + 2 * n] = pack(t[4 * n], t[4 * n + 1]);
+              a[i * CHANNELS / 4 + 2 * n + 1] = pack(t[4 * n + 2], t[4 * n + 3]);
+            }
+#pragma unroll
+            for (int n = 0; n < CHANNELS / 4; ++n)
+              cute::warpgroup_fence_operand(a[i * CHANNELS / 4 + n]);
+            look_up(next_slot, i * CHANNELS, (i + 1) * CHANNELS);
+            if (i == 0) store_out(out, here.value());
+          }
+          /* Before the wait for the next V, which two places leave none for until this O has gone. */
+          release_out(here.value());
+          if (!SLOT_LAST) here.give_back_slot(shared);
+          here.give_back_handover(shared);
+          if (SLOT_LAST) here.give_back_slot(shared);
+          finish_looking_up(values_there);
+          continue;
         }
-        cute::warpgroup_wait<0>();
-        fence(s);
+        finish_products();
         if (rare) break;
-        if (ALONE) {
-          fence(o);
-          hand_out(at, false);
-        }
         finish(false);
         if (last) break;
       }
+      if (ALONE) finish_products();
+      if (ALONE && !rare) finish(false);
       if (!rare) continue;
 
-      const typename Shared<S>::Handover &f = shared.handover[at.handover()];
-      const auto by_levels = [&] { return !S::BOUNDED && load_shared(address(&f.by_levels)) != 0; };
-      const uint32_t slot = address(shared.slots[uniform(at.slot())]);
-      if (ALONE) {
-        fence(o);
-        hand_out(at, huge);
-      }
+      const typename Shared<S>::Handover &f = shared.handover[place];
       const bool parallel = f.guard < 0 && !by_levels() && f.collinear == 2;
       uint32_t second[4];
 #pragma unroll
@@ -513,8 +592,8 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         fence(u_second);
         fence(s);
         cute::warpgroup_arrive();
-        multiply<Major::MN>(s, u, rest, true);
-        multiply<Major::MN>(s, u_second, rest + HALF * 128 / 16, true);
+        add_keys(u, rest);
+        add_keys(u_second, rest + HALF * 128 / 16);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence(s);
@@ -530,14 +609,12 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
         fence(second);
         fence(s);
         cute::warpgroup_arrive();
-        multiply<Major::MN>(s, second, tile_descriptor(slot + SLICE_G + HALF * 128, S::SLICE),
-                            true);
+        add_keys(second, tile_descriptor(slot + SLICE_G + HALF * 128, S::SLICE));
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         if (parallel) {
           cute::warpgroup_arrive();
-          multiply<Major::MN>(s, second, tile_descriptor(slot + SLICE_K + HALF * 128, S::SLICE),
-                              true);
+          add_keys(second, tile_descriptor(slot + SLICE_K + HALF * 128, S::SLICE));
           cute::warpgroup_commit_batch();
           cute::warpgroup_wait<0>();
         }

@@ -69,7 +69,7 @@ struct Walker {
 
   /* What lies where of the chunk that is to be worked on, once its factors are there. */
   __device__ __forceinline__ const Handover &next_factors() const {
-    at.wait_for_factors(shared);
+    at.factors(shared).wait();
     return shared.handover[uniform(at.handover())];
   }
   __device__ __forceinline__ uint32_t slot() const {
@@ -100,7 +100,7 @@ struct Walker {
 
   /* The block's part of v or d_out, 16 value columns of 32 tokens; of `left` tokens. */
   __device__ __forceinline__ void load_values(uint32_t (&w)[8], int left) {
-    at.wait_for_values(shared);
+    at.values(shared).wait();
     const char *tile = shared.values[at.value()] + matrix_at;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
