@@ -77,11 +77,40 @@ static bool available(const fkda_backend *self, char *reason, size_t capacity) {
   return true;
 }
 
+/* What a pair of blocks takes for a chunk of both halves of V, and a block for one of all of V, as long as it has but one long
+ * sequence to do: measured, docs/kernels/prefill_sm90.md. */
+enum { PAIR_TIME = 63, BLOCK_TIME = 100 };
+
+/* Sequences of one length that do not come out even: is the call faster when pairs have equal shares of them, and some
+ * sequences are cut in two? */
+static bool has_equal_shares(const fkda_problem *p, int32_t processors) {
+  const int64_t rows = p->N * p->HV, pairs = processors / 2;
+  const int64_t chunks = (p->T + FKDA_SM90_CHUNK - 1) / FKDA_SM90_CHUNK;
+  const int64_t cost = chunks + FKDA_SM90_STATE_COST;
+  if (p->V != 128 || p->g.dtype != FKDA_BF16 || p->cu_seqlens.data ||
+      p->checkpoints.mode != FKDA_CHECKPOINT_NONE || rows <= pairs ||
+      chunks < 2 * FKDA_SM90_LEAST_REST || rows > UINT32_MAX / pairs / cost)
+    return false;
+  const int64_t share = rows * cost / pairs + 2 * FKDA_SM90_STATE_COST;
+  const int64_t whole = (rows + processors - 1) / processors * cost;
+  return PAIR_TIME * share < BLOCK_TIME * whole;
+}
+
 /* A head's value columns do not depend on one another, so that a block may own a part of them; results
- * are the same to the bit. Both parts repeat the factors (8)-(9), which pays while there are processors
- * left over. */
+ * are the same to the bit. It pays while there are processors left over. */
 static int32_t split_of(const fkda_problem *p) {
-  return p->V == 128 && 2 * p->N * p->HV <= FKDA_CUDA_PROCESSORS ? 2 : 1;
+  return p->V == 128 && (2 * p->N * p->HV <= FKDA_CUDA_PROCESSORS ||
+                         has_equal_shares(p, FKDA_CUDA_PROCESSORS))
+             ? 2
+             : 1;
+}
+
+/* Half of the bits of `n`, and more, in four bfloat16 that no result is: NaNs of the kind that no instruction makes. */
+static uint64_t mark_of(uint32_t n) {
+  uint64_t mark = 0;
+  for (int32_t i = 0; i < 4; ++i)
+    mark = mark << 16 | 0x7f81u | (n >> 5 * i & 31) << 1 | (n >> (20 + i) & 1) << 15;
+  return mark;
 }
 
 /* More tasks than that, but is one of the sequences perhaps so long that its tasks outlast all others, while processors
@@ -143,9 +172,14 @@ static fkda_status launch(const fkda_backend *self, const fkda_problem *p,
   if (!driver) return fkda_fail(FKDA_ERROR_NO_DEVICE, "%s", reason);
 
   const int32_t processors = driver->devices[p->device_id].processors; /* a block fills one */
-  fkda_sm90_params params[2] = {{.problem = *p,
-                                 .value_split = plan->value_split,
-                                 .by_lengths = by_lengths(p) ? processors : 0}};
+  static atomic_uint calls;
+  const bool shares = plan->value_split == 2 && has_equal_shares(p, processors);
+  fkda_sm90_params params[2] = {
+      {.problem = *p,
+       .value_split = plan->value_split,
+       .by_lengths = by_lengths(p) ? processors : 0,
+       .equal_shares = shares,
+       .mark = shares ? mark_of(atomic_fetch_add_explicit(&calls, 1, memory_order_relaxed)) : 0}};
   fkda_cuda_launch launches[2];
   const int32_t count = params[0].by_lengths ? 2 : 1;
   for (int32_t i = 0; i < count; ++i) {

@@ -1414,6 +1414,24 @@ static void later_cases(void) {
     c->v = (fkda_dist){FKDA_DIST_RAMP, 0, 1};
     c->initial_dtype = FKDA_NONE;
   }
+  /* 69 equal heads of twenty chunks: no number of processors divides them, so that a GPU cuts some in two. */
+  for (int i = 0; i < 2; i++) {
+    fkda_case *c = add(FKDA_GROUP_invariance, 15, FKDA_BF16, "%s",
+                       i ? "cut_softplus_kv_K64_V128" : "cut_bounded_D128");
+    c->numbers[1] = 8;
+    c->B = 3;
+    c->T = 630;
+    c->H = c->HV = 23;
+    c->K = i ? 64 : 128;
+    c->V = 128;
+    if (i) {
+      c->gate = FKDA_GATE_SOFTPLUS;
+      c->layout = FKDA_STATE_KV;
+      c->final_dtype = FKDA_BF16;
+    }
+    c->batch_invariant = true;
+    c->claims = FKDA_CLAIM_ALONE | FKDA_CLAIM_TWICE;
+  }
 }
 
 static void build(void) {

@@ -127,7 +127,11 @@ struct alignas(16) Task {
   int32_t head, qk_head, v_begin; /* v_begin: first value column of the block */
   bool skip, load_initial;
   bool backward; /* a walk of the backward: from the last chunk to the first */
+  uint8_t cut;   /* Cut: is it all of the sequence? */
 };
+
+/* A sequence that two blocks do one after the other: its first part, whose state goes to the other block, or the rest. */
+enum Cut : uint8_t { UNCUT, BEFORE_CUT, BEHIND_CUT };
 
 /* First element of a tensor's row for token t of the sequence. */
 __device__ __forceinline__ int64_t row_at(const fkda_rows &rows, const Task &task, int head,
@@ -144,6 +148,7 @@ __device__ inline Task make_task(const fkda_problem &p, int64_t n, int head, int
   Task task;
   task.n = n;
   task.backward = false;
+  task.cut = UNCUT;
   task.head = head;
   task.qk_head = (int64_t)head * p.H / p.HV;
   task.v_begin = part * columns;

@@ -54,9 +54,58 @@ __device__ __forceinline__ int dealt_parts(const Params &params) {
   return S::PAIR ? 1 : params.value_split;
 }
 
+/* Where the share of `pairs` pairs' i-th begins: in chunks of `rows` sequences of `chunks`, one after the other. A sequence is cut
+ * only where enough of it is left on either side; its state's way in and out counts as chunks before its first. */
+__device__ __forceinline__ uint32_t share_begin(uint32_t i, uint32_t pairs, uint32_t rows,
+                                                uint32_t chunks) {
+  constexpr uint32_t LEAST = FKDA_SM90_LEAST_REST, STATE = FKDA_SM90_STATE_COST;
+  const uint32_t cost = chunks + STATE, begin = i * (rows * cost) / pairs, row = begin / cost;
+  const uint32_t within = begin - row * cost, cut = within < STATE ? 0 : within - STATE;
+  return row * chunks + (cut < LEAST / 2    ? 0
+                         : cut < LEAST      ? LEAST
+                         : chunks - cut < 4 ? chunks
+                                            : cut);
+}
+
+/* The pair's i-th task where all have equal shares, by McNaughton's rule. A share that begins within a sequence starts
+ * with the sequence's first chunks, as many as the share before does not have; that one ends with the others, when the
+ * state has long come. The last pair has the first share, so that none waits for a pair that is started after it. */
+template <class S>
+__device__ Task deal_cut_task(const fkda_sm90_params &params, int64_t i) {
+  const fkda_problem &p = params.problem;
+  const uint32_t chunks = (uint32_t)((p.T + CHUNK - 1) / CHUNK);
+  const uint32_t rows = (uint32_t)(p.N * p.HV), pairs = dealt_among<S>();
+  const uint32_t share = pairs - 1 - dealt_to<S>();
+  const uint32_t begin = share_begin(share, pairs, rows, chunks);
+  const uint32_t end = share_begin(share + 1, pairs, rows, chunks);
+  const uint32_t position = i ? (begin / chunks + (uint32_t)i) * chunks : begin;
+  if (position >= end) {
+    Task none;
+    none.n = -1;
+    none.chunks = 0;
+    return none;
+  }
+  const uint32_t row = position / chunks, n = row / (uint32_t)p.HV;
+  Task task = make_task(p, n, (int)(row - n * (uint32_t)p.HV), cluster_rank(), S::V, CHUNK);
+  const uint32_t before = position - row * chunks, there = end - row * chunks;
+  if (before) { /* the share before has as many */
+    task.cut = BEFORE_CUT;
+    task.chunks = (int)(chunks - before);
+    task.length = task.chunks * CHUNK;
+  } else if (there < chunks) {
+    task.cut = BEHIND_CUT;
+    task.chunks = (int)there;
+    task.begin += (chunks - there) * CHUNK;
+    task.length -= (int)(chunks - there) * CHUNK;
+  }
+  if (task.skip) task.chunks = 0;
+  return task;
+}
+
 /* The block's i-th task; n < 0 if there is none. */
 template <class S>
 __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &shared, int64_t i) {
+  if (S::PAIR && params.equal_shares) return deal_cut_task<S>(params, i);
   const fkda_problem &p = params.problem;
   const int parts = dealt_parts<S>(params);
   const int64_t per_sequence = p.HV * parts;

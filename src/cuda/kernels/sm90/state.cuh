@@ -193,8 +193,74 @@ __device__ __forceinline__ void rest_of_keys(const fkda_problem &p, const Task &
   sync();
 }
 
+/* A warp's part of the state of a sequence that is cut, on its way from one block to another: it lies in rows of out behind the cut, which
+ * the other block overwrites with o later; 128 bytes of each, as many as the block's columns take. Behind them, a row a warp, is the mark, which
+ * says that it has come. Nothing else writes there before, and what was there at first is not the mark: results are no signaling
+ * NaNs. */
 template <class S>
-__device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
+struct Relay {
+  static constexpr int WARP_ROWS = S::K / 2, ROWS = 4 * WARP_ROWS;
+  static_assert(S::V == 64 && (FKDA_SM90_LEAST_REST - 1) * CHUNK >= ROWS + 4, "rows");
+  const fkda_rows &out;
+  char *first; /* of out, behind the cut */
+
+  /* `row`: of the task, the first one behind the cut. */
+  __device__ __forceinline__ Relay(const fkda_problem &p, const Task &task, int row)
+      : out(p.out),
+        first(reinterpret_cast<char *>(static_cast<bf16 *>(p.out.data) +
+                                       row_at(p.out, task, task.head, row) + task.v_begin)) {}
+
+  __device__ __forceinline__ char *at(int row) const {
+    return first + row * out.stride_t * (int64_t)sizeof(bf16);
+  }
+  template <class Move>
+  __device__ __forceinline__ void each(Move move) const {
+    const int lane = fresh_lane();
+    char *to = at(fresh_warp() * WARP_ROWS + lane / 8) + lane % 8 * sizeof(float4);
+    const int64_t step = out.stride_t * 4 * (int64_t)sizeof(bf16);
+#pragma unroll
+    for (int i = 0; i < S::K / 8; ++i, to += step) {
+      asm volatile("" : "+l"(to));
+      move(i, reinterpret_cast<float4 *>(to));
+    }
+  }
+  __device__ __forceinline__ uint64_t *mark() const {
+    return reinterpret_cast<uint64_t *>(at(ROWS + fresh_warp()));
+  }
+
+  __device__ __forceinline__ void send(const float (&s)[S::K / 2], uint64_t mark_of_call) const {
+    each([&](int i, float4 *to) {
+      *to = make_float4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
+    });
+    __threadfence();
+    __syncwarp();
+    if (fresh_lane() == 0)
+      asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(mark()), "l"(mark_of_call)
+                   : "memory");
+  }
+  __device__ __forceinline__ void receive(float (&s)[S::K / 2], uint64_t mark_of_call) const {
+    if (fresh_lane() == 0) {
+      const uint64_t *from = mark();
+      for (;;) {
+        uint64_t x;
+        asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
+        if (x == mark_of_call) break;
+        __nanosleep(100);
+      }
+    }
+    __syncwarp();
+    each([&](int i, float4 *from) {
+      const float4 x = __ldcg(from);
+      s[4 * i] = x.x, s[4 * i + 1] = x.y, s[4 * i + 2] = x.z, s[4 * i + 3] = x.w;
+    });
+    /* The copy engine overwrites it with o. */
+    asm volatile("fence.proxy.async;" ::: "memory");
+  }
+};
+
+template <class S>
+__device__ void run_state(const fkda_sm90_params &params, Shared<S> &shared) {
+  const fkda_problem &p = params.problem;
   constexpr int K = S::K;
   using Rows = StateRows<K>;
   /* matrices of ldmatrix and stmatrix: tokens 0-7 v 0-7, tokens 0-7 v 8-15, tokens 8-15 likewise */
@@ -213,7 +279,14 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
   each_task(shared, [&](const Task &task, int) {
     const auto first_column = [&] { return task.v_begin + 16 * fresh_warp(); };
     float s[K / 2];
-    if (task.load_initial)
+    bool received = false;
+    if constexpr (S::PAIR) {
+      received = task.cut == BEHIND_CUT;
+      if (received) Relay<S>(p, task, 0).receive(s, params.mark);
+    }
+    if (received)
+      ;
+    else if (task.load_initial)
       Rows::load(s, p.initial, p.layout,
                  task.initial_slot * p.initial.stride_slot + task.head * p.initial.stride_head,
                  first_column());
@@ -231,6 +304,11 @@ __device__ void run_state(const fkda_problem &p, Shared<S> &shared) {
      * tells an ordinary chunk. */
     int left = task.length, left_at_next = left - Checkpoints(p).next;
     const auto visit = [&](int left_now) {
+      if constexpr (S::PAIR)
+        if (task.cut == BEFORE_CUT) { /* in such calls there are no checkpoints */
+          Relay<S>(p, task, task.length).send(s, params.mark);
+          return;
+        }
       Checkpoints checkpoints(p);
       checkpoints.next = task.length - left_at_next;
       checkpoints.visit(p, task, task.length - left_now, left_now == 0,
