@@ -138,9 +138,6 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
 
 template <class S>
 __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
-  if (threadIdx.x == S::FIRST_HELPER) /* they lie in the parameters: the first copies need not wait for them */
-    for (const fkda_tensor_map *map : {&params.q, &params.k, &params.g, &params.v, &params.out})
-      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor *>(map));
   Shared<S> &shared = start_block<S>();
   deal_sequences(params, shared);
   start_roles<S>();
