@@ -128,6 +128,11 @@ __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &share
   return task;
 }
 
+/* Has a block its first task before its roles start? Then all that dealing takes is done while barriers are made. Not of walks. */
+__device__ __forceinline__ bool is_dealt_ahead(const fkda_sm90_params &params) {
+  return !is_sorted(params.problem);
+}
+
 /* The whole warp goes along, with operands that it has in common: the copy engine takes them from uniform registers, which
  * take a loop of instructions each to fill from one lane's. */
 template <class S, class Params>
@@ -141,7 +146,7 @@ __device__ void run_loader(const Params &params, Shared<S> &shared) {
     if (i >= TASKS) wait_idly(shared.task_free[i % TASKS], (i / TASKS & 1) ^ 1);
     __syncwarp(); /* all lanes have seen it free */
     if (fresh_lane() == 0) {
-      task = deal_task<S>(params, shared, i);
+      if (i || !is_dealt_ahead(params)) task = deal_task<S>(params, shared, i);
       arrive(shared.task_full[i % TASKS]);
     }
     __syncwarp();
@@ -265,6 +270,8 @@ struct ValueMover {
         wait_idly(shared.value_out[out_count % S::VALUES], out_count / S::VALUES & 1);
         if (!S::WALK)
           fence_async(); /* for all that stored: they wait for a fence, this warp has time */
+        if (S::PAIR && task.cut == BEHIND_CUT && chunk == 0) /* where the state was (Relay), o comes */
+          asm volatile("fence.proxy.async;" ::: "memory");
         if (!S::WALK || (task.backward && rows_out(params).data))
           store(task, place_of<S>(task, chunk));
         ++out_count;

@@ -103,6 +103,13 @@ __device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int 
   }
 }
 
+/* How many of the tasks that are dealt back and forth are the block's. */
+template <class S>
+__device__ __forceinline__ int dealt_to_block(int64_t dealt) {
+  const int64_t rounds = dealt / dealt_among<S>();
+  return (int)rounds + (dealt_task(rounds, dealt_to<S>(), dealt_among<S>()) < dealt);
+}
+
 /* shared.order and shared.deal. A sequence's place is the number of those that are longer, or as long and before it.
  * All threads of the block. */
 template <class S>
@@ -130,16 +137,25 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
       share_short(p, shared, lengths, per_sequence);
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const int64_t rounds = deal.dealt / blocks;
-    deal.own = (int)rounds + (dealt_task(rounds, dealt_to<S>(), blocks) < deal.dealt);
-  }
+  if (threadIdx.x == 0) deal.own = dealt_to_block<S>(deal.dealt);
+}
+
+/* The same of sequences that are taken as they come, and the block's first task. One thread. */
+template <class S>
+__device__ __noinline__ void deal_ahead(const fkda_sm90_params &params, Shared<S> &shared) {
+  const fkda_problem &p = params.problem;
+  const int64_t tasks = p.N * p.HV * dealt_parts<S>(params);
+  shared.deal = {tasks, 0, 0, dealt_to_block<S>(tasks), 0};
+  shared.tasks[0] = deal_task<S>(params, shared, 0);
 }
 
 template <class S>
 __device__ __forceinline__ void prefill(const fkda_sm90_params &params) {
   Shared<S> &shared = start_block<S>();
-  deal_sequences(params, shared);
+  if (!is_dealt_ahead(params))
+    deal_sequences(params, shared);
+  else if (threadIdx.x == S::FIRST_HELPER) /* in no warp that has barriers to make */
+    deal_ahead(params, shared);
   start_roles<S>();
   run_roles(params, shared, [&] { run_state<S>(params, shared); });
   end_roles<S>();

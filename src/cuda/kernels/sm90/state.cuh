@@ -232,9 +232,8 @@ struct Relay {
     each([&](int i, float4 *to) {
       *to = make_float4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
     });
-    __threadfence();
     __syncwarp();
-    if (fresh_lane() == 0)
+    if (fresh_lane() == 0) /* what the others have stored is released, too */
       asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(mark()), "l"(mark_of_call)
                    : "memory");
   }
@@ -253,8 +252,6 @@ struct Relay {
       const float4 x = __ldcg(from);
       s[4 * i] = x.x, s[4 * i + 1] = x.y, s[4 * i + 2] = x.z, s[4 * i + 3] = x.w;
     });
-    /* The copy engine overwrites it with o. */
-    asm volatile("fence.proxy.async;" ::: "memory");
   }
 };
 

@@ -11,6 +11,8 @@ __device__ __forceinline__ const fkda_problem &problem_of(const fkda_sm90_backwa
   return x.backward.problem;
 }
 
+__device__ __forceinline__ bool is_dealt_ahead(const fkda_sm90_backward_params &) { return false; }
+
 /* In the places of v and o: forward v; backward d_out, and d_v where it is wanted. */
 __device__ __forceinline__ const fkda_tensor_map &map_in(const fkda_sm90_backward_params &x,
                                                          const Task &task) {
