@@ -839,6 +839,61 @@ SCENARIO(sm90_by_lengths) {
   }
 }
 
+/* Sequences of one length that processors do not divide are cut, where that pays; never with what it cannot be done with. */
+SCENARIO(sm90_equal_shares) {
+  enum { PLAIN, PACKED, F32_GATE, CHECKPOINTS };
+  static const struct {
+    int64_t B, T, HV;
+    int with;
+    bool shares;
+  } cases[] = {
+      {1, 8192, 96, PLAIN, true},       {2, 4096, 96, PLAIN, true},     {1, 8192, 68, PLAIN, true},
+      {3, 630, 24, PLAIN, true},        {1, 8192, 66, PLAIN, false},    {1, 8192, 128, PLAIN, false},
+      {8, 1024, 96, PLAIN, false},      {3, 608, 24, PLAIN, false},     {1, 1024, 96, PACKED, false},
+      {1, 8192, 96, F32_GATE, false},   {1, 8192, 96, CHECKPOINTS, false},
+      {1, INT64_C(1) << 28, 96, PLAIN, false},
+  };
+  be_hopper(0);
+  uint64_t last = 0;
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const int64_t B = cases[i].B, T = cases[i].T, HV = cases[i].HV, K = 128;
+    fkda_prefill_args a = hopper_prefill(1, HV, K, K);
+    a.q = PLACE(FKDA_BF16, B, T, HV / 2, K);
+    a.k = PLACE(FKDA_BF16, B, T, HV / 2, K);
+    a.v = PLACE(FKDA_BF16, B, T, HV, K);
+    a.g = PLACE(cases[i].with == F32_GATE ? FKDA_F32 : FKDA_BF16, B, T, HV, K);
+    a.beta = PLACE(FKDA_BF16, B, T, HV);
+    a.out = PLACE(FKDA_BF16, B, T, HV, K);
+    if (cases[i].with != PACKED) a.cu_seqlens = (fkda_tensor){0};
+    a.initial_state = PLACE(FKDA_F32, B, HV, K, K);
+    a.final_state = PLACE(FKDA_F32, B, HV, K, K);
+    if (cases[i].with == CHECKPOINTS) {
+      a.checkpoint_every = 4096;
+      a.checkpoint_state = PLACE(FKDA_F32, 2, HV, K, K);
+    }
+    fkda_plan_info info = {.struct_size = sizeof info};
+    CHECK_OK(fkda_plan(&a, &info));
+    const bool halves = cases[i].shares || 2 * B * HV <= 132;
+    CHECK_INT(info.value_split, halves ? 2 : 1);
+    CHECK_INT(info.workspace_size, 0);
+    CHECK_OK(fkda_prefill(&a));
+    const fkda_sm90_params p = sm90_params();
+    CHECK_INT(p.equal_shares, cases[i].shares);
+    if (!cases[i].shares) {
+      CHECK_INT(p.mark, 0);
+      continue;
+    }
+    check_launch("fkda_sm90_prefill_k128_v64_pair", 132, FKDA_SM90_PAIR_THREADS,
+                 FKDA_SM90_PREFILL_SHARED);
+    CHECK(p.mark != last); /* of every call another */
+    last = p.mark;
+    for (int j = 0; j < 4; ++j) { /* signaling NaNs */
+      const uint64_t x = p.mark >> 16 * j;
+      CHECK((x & 0x7fc0) == 0x7f80 && (x & 0x3f) != 0);
+    }
+  }
+}
+
 /* Batches, heads outside of tokens, rows with gaps: what the maps are given is what the tensors are. */
 SCENARIO(sm90_strides) {
   be_hopper(0);
@@ -1798,6 +1853,7 @@ int main(void) {
       cmocka_unit_test(test_mixed_devices),
       cmocka_unit_test(test_sm90_launch),
       cmocka_unit_test(test_sm90_pairs),
+      cmocka_unit_test(test_sm90_equal_shares),
       cmocka_unit_test(test_sm90_by_lengths),
       cmocka_unit_test(test_sm90_strides),
       cmocka_unit_test(test_sm90_alignment),
