@@ -1403,7 +1403,8 @@ static void later_cases(void) {
     c->K = c->V = 128;
     c->g_dtype = FKDA_F32;
   }
-  for (int d = 0; d < 3; d++) { /* nearly -80 a half of a chunk: k e^{m-G} is just below 2^108, v grows by column */
+  for (int d = 0; d < 3;
+       d++) { /* nearly -80 a half of a chunk: k e^{m-G} is just below 2^108, v grows by column */
     fkda_case *c = add(FKDA_GROUP_numbers, 5, io_dtypes[d], "some_columns_near_overflow");
     c->T = 300;
     c->H = c->HV = 4;
