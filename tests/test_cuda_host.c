@@ -851,7 +851,7 @@ SCENARIO(sm90_equal_shares) {
       {1, 8192, 68, PLAIN, true},        {3, 630, 24, PLAIN, true},
       {1, 8192, 66, PLAIN, false},       {1, 8192, 128, PLAIN, false},
       {8, 1024, 96, PLAIN, false},       {3, 608, 24, PLAIN, false},
-      {1, 1024, 96, PACKED, false},      {1, 8192, 96, F32_GATE, false},
+      {1, 8192, 96, PACKED, false},      {1, 8192, 96, F32_GATE, false},
       {1, 8192, 96, CHECKPOINTS, false}, {1, INT64_C(1) << 28, 96, PLAIN, false},
   };
   be_hopper(0);

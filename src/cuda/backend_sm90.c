@@ -82,12 +82,12 @@ static bool available(const fkda_backend *self, char *reason, size_t capacity) {
 enum { PAIR_TIME = 63, BLOCK_TIME = 100 };
 
 /* Sequences of one length that do not come out even: is the call faster when pairs have equal shares of them, and some
- * sequences are cut in two? */
+ * sequences are cut in two? Plans are made without data, too: cu_seqlens is there if it has a dtype. */
 static bool has_equal_shares(const fkda_problem *p, int32_t processors) {
   const int64_t rows = p->N * p->HV, pairs = processors / 2;
   const int64_t chunks = (p->T + FKDA_SM90_CHUNK - 1) / FKDA_SM90_CHUNK;
   const int64_t cost = chunks + FKDA_SM90_STATE_COST;
-  if (p->V != 128 || p->g.dtype != FKDA_BF16 || p->cu_seqlens.data ||
+  if (p->V != 128 || p->g.dtype != FKDA_BF16 || p->cu_seqlens.dtype != FKDA_NONE ||
       p->checkpoints.mode != FKDA_CHECKPOINT_NONE || rows <= pairs ||
       chunks < 2 * FKDA_SM90_LEAST_REST || rows > UINT32_MAX / pairs / cost)
     return false;
