@@ -105,7 +105,7 @@ static int32_t split_of(const fkda_problem *p) {
              : 1;
 }
 
-/* Half of the bits of `n`, and more, in four bfloat16 that no result is: NaNs of the kind that no instruction makes. */
+/* 24 bits of `n` in four bfloat16 that no result is: signaling NaNs, which no instruction makes. */
 static uint64_t mark_of(uint32_t n) {
   uint64_t mark = 0;
   for (int32_t i = 0; i < 4; ++i)

@@ -22,12 +22,7 @@ __device__ Task deal_task(const fkda_sm90_backward_params &params, const Shared<
   const int64_t per_sequence = walks * (params.backward.forward ? 2 : 1);
   const int64_t position = dealt_task(i, dealt_to<S>(), dealt_among<S>());
   int64_t n = position / per_sequence;
-  if (n >= p.N) {
-    Task none;
-    none.n = -1;
-    none.chunks = 0;
-    return none;
-  }
+  if (n >= p.N) return no_task();
   int within = (int)(position - n * per_sequence);
   const bool backward = within < walks;
   if (!backward) within -= (int)walks;

@@ -102,6 +102,14 @@ __device__ __forceinline__ void start_squares(float (&square)[16], uint32_t slot
   cute::warpgroup_commit_batch();
 }
 
+/* Of a warp's rows of a product of 32 x 32 (rows 16-31 if `low`) what lies on the diagonal in row lane / 4 + 8 h, which is `odd` or
+ * not: in the lane with lane % 4 == lane / 8. */
+__device__ __forceinline__ float on_diagonal(const float (&square)[16], bool low, bool odd, int h) {
+  const float even_one = low ? square[4 * (2 + h) + 2 * h] : square[4 * h + 2 * h];
+  const float odd_one = low ? square[4 * (2 + h) + 2 * h + 1] : square[4 * h + 2 * h + 1];
+  return odd ? odd_one : even_one;
+}
+
 /* q k and |q|^2 of a chunk's tokens: the diagonals of [k; q] q^T. By wgmma, as mma would wait for all that other groups
  * have given the tensor cores. */
 template <class S>
@@ -115,9 +123,7 @@ __device__ __forceinline__ void measure_queries(typename Shared<S>::Tokens &toke
   float *to = (warp < 2 ? tokens.product : tokens.square) + 16 * (warp & 1) + (lane >> 2);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float even = warp & 1 ? square[4 * (2 + h) + 2 * h] : square[4 * h + 2 * h];
-    const float odd = warp & 1 ? square[4 * (2 + h) + 2 * h + 1] : square[4 * h + 2 * h + 1];
-    to[8 * h] = lane >> 2 & 1 ? odd : even;
+    to[8 * h] = on_diagonal(square, warp & 1, lane >> 2 & 1, h);
   }
 }
 
@@ -413,9 +419,8 @@ __device__ void run_factors(const Params &params, Shared<S> &shared) {
           const int i = 16 * warp + g + 8 * h;
           float squared = 1;
           if (p.l2norm) {
-            const float even = warp ? square[4 * (2 + h) + 2 * h] : square[4 * h + 2 * h];
-            const float odd = warp ? square[4 * (2 + h) + 2 * h + 1] : square[4 * h + 2 * h + 1];
-            squared = __shfl_sync(0xffffffffu, g & 1 ? odd : even, (lane & ~3) + (g >> 1)) +
+            squared = __shfl_sync(0xffffffffu, on_diagonal(square, warp, g & 1, h),
+                                  (lane & ~3) + (g >> 1)) +
                       (float)FKDA_L2NORM_EPS;
           }
           const float r = rsqrtf(squared), beta = tokens.beta[i], row = -beta * (r * r);

@@ -54,17 +54,25 @@ __device__ __forceinline__ int dealt_parts(const Params &params) {
   return S::PAIR ? 1 : params.value_split;
 }
 
+/* What is dealt when there is none any more. */
+__device__ __forceinline__ Task no_task() {
+  Task none;
+  none.n = -1;
+  none.chunks = 0;
+  return none;
+}
+
 /* Where the share of `pairs` pairs' i-th begins: in chunks of `rows` sequences of `chunks`, one after the other. A sequence is cut
  * only where enough of it is left on either side; its state's way in and out counts as chunks before its first. */
 __device__ __forceinline__ uint32_t share_begin(uint32_t i, uint32_t pairs, uint32_t rows,
                                                 uint32_t chunks) {
-  constexpr uint32_t LEAST = FKDA_SM90_LEAST_REST, STATE = FKDA_SM90_STATE_COST;
+  constexpr uint32_t LEAST_BEFORE = 4, LEAST = FKDA_SM90_LEAST_REST, STATE = FKDA_SM90_STATE_COST;
   const uint32_t cost = chunks + STATE, begin = i * (rows * cost) / pairs, row = begin / cost;
   const uint32_t within = begin - row * cost, cut = within < STATE ? 0 : within - STATE;
-  return row * chunks + (cut < LEAST / 2    ? 0
-                         : cut < LEAST      ? LEAST
-                         : chunks - cut < 4 ? chunks
-                                            : cut);
+  return row * chunks + (cut < LEAST / 2               ? 0
+                         : cut < LEAST                 ? LEAST
+                         : chunks - cut < LEAST_BEFORE ? chunks
+                                                       : cut);
 }
 
 /* The pair's i-th task where all have equal shares, by McNaughton's rule. A share that begins within a sequence starts
@@ -79,12 +87,7 @@ __device__ Task deal_cut_task(const fkda_sm90_params &params, int64_t i) {
   const uint32_t begin = share_begin(share, pairs, rows, chunks);
   const uint32_t end = share_begin(share + 1, pairs, rows, chunks);
   const uint32_t position = i ? (begin / chunks + (uint32_t)i) * chunks : begin;
-  if (position >= end) {
-    Task none;
-    none.n = -1;
-    none.chunks = 0;
-    return none;
-  }
+  if (position >= end) return no_task();
   const uint32_t row = position / chunks, n = row / (uint32_t)p.HV;
   Task task = make_task(p, n, (int)(row - n * (uint32_t)p.HV), cluster_rank(), S::V, CHUNK);
   const uint32_t before = position - row * chunks, there = end - row * chunks;
@@ -113,12 +116,7 @@ __device__ Task deal_task(const fkda_sm90_params &params, const Shared<S> &share
   const bool rest = i >= deal.own;
   const int64_t position =
       rest ? deal.rest_begin + i - deal.own : dealt_task(i, dealt_to<S>(), dealt_among<S>());
-  if (rest && position >= deal.rest_end) {
-    Task none;
-    none.n = -1;
-    none.chunks = 0;
-    return none;
-  }
+  if (rest && position >= deal.rest_end) return no_task();
   int64_t n = position / per_sequence;
   const int within = (int)(position - n * per_sequence), head = within / parts;
   if (is_sorted(p)) n = shared.order[n];

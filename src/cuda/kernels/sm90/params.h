@@ -25,15 +25,14 @@ typedef struct fkda_sm90_params {
   int32_t by_lengths;
   /* Not 0: all pairs have equal shares of the problem's sequences, which are of one length, and cut some of them in two. */
   int32_t equal_shares;
-  uint64_t
-      mark; /* says that the state of a sequence so cut has come: four bf16 that are no results */
+  /* Says that the state of a sequence that is so cut has come: four bf16 that are no results. */
+  uint64_t mark;
 } fkda_sm90_params;
 
 /* Grids are one-dimensional: a block does tasks, (n * HV + head) * value_split + part, one after the other. */
 
-#define FKDA_SM90_CHUNK 32 /* tokens a chunk */
-#define FKDA_SM90_LEAST_REST                                                                       \
-  10 /* chunks behind a cut: their rows of out take the state that is handed on */
+#define FKDA_SM90_CHUNK 32        /* tokens a chunk */
+#define FKDA_SM90_LEAST_REST 10   /* chunks behind a cut: their rows of out take the state */
 #define FKDA_SM90_STATE_COST 4    /* chunks: what a pair takes for a state's way in and out */
 #define FKDA_SM90_MAX_SORTED 1024 /* sequences; more are taken as they come */
 #define FKDA_SM90_BOX_BYTES 128   /* a box's row: one swizzle period */

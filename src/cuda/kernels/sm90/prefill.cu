@@ -1,6 +1,6 @@
 /* Hopper prefill: wgmma, the tensor copy engine and mbarriers; sm_90a.
  *
- * A task is one sequence, value head and 64 or 128 value columns; a block does one after the other.
+ * A task is one sequence, value head and 64 or 128 value columns, or a part of such a sequence; a block does one after the other.
  * docs/kernels/prefill_sm90.md draws its schedule.
  *
  *   helper group    a warp deals out tasks and copies q, k, g in; one copies v in and o out; two invert I + A
@@ -140,7 +140,7 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
   if (threadIdx.x == 0) deal.own = dealt_to_block<S>(deal.dealt);
 }
 
-/* The same of sequences that are taken as they come, and the block's first task. One thread. */
+/* shared.deal where sequences are taken as they come, and the block's first task. One thread. */
 template <class S>
 __device__ __noinline__ void deal_ahead(const fkda_sm90_params &params, Shared<S> &shared) {
   const fkda_problem &p = params.problem;
