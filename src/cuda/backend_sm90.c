@@ -89,9 +89,9 @@ static bool has_equal_shares(const fkda_problem *p, int32_t processors) {
   const int64_t cost = chunks + FKDA_SM90_STATE_COST;
   if (p->V != 128 || p->g.dtype != FKDA_BF16 || p->cu_seqlens.dtype != FKDA_NONE ||
       p->checkpoints.mode != FKDA_CHECKPOINT_NONE || rows <= pairs ||
-      chunks < 2 * FKDA_SM90_LEAST_REST || rows > UINT32_MAX / pairs / cost)
+      chunks < INT64_C(2) * FKDA_SM90_LEAST_REST || rows > UINT32_MAX / pairs / cost)
     return false;
-  const int64_t share = rows * cost / pairs + 2 * FKDA_SM90_STATE_COST;
+  const int64_t share = rows * cost / pairs + INT64_C(2) * FKDA_SM90_STATE_COST;
   const int64_t whole = (rows + processors - 1) / processors * cost;
   return PAIR_TIME * share < BLOCK_TIME * whole;
 }
