@@ -25,6 +25,9 @@ namespace fkda {
 
 constexpr int TASK_COST =
     3; /* chunks: what reading and writing a state takes beside the work on a chunk */
+__device__ __forceinline__ int cost_of(int length) {
+  return (length + CHUNK - 1) / CHUNK + TASK_COST;
+}
 
 /* Is the launch the one of two that does the call? A block with half of V's columns takes seven tenths of the time for a
  * chunk in a pair, three quarters alone, and there are twice as many then: worth it where one long sequence would outlast
@@ -36,7 +39,7 @@ __device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
   if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();
   for (int n = threadIdx.x; n < N; n += S::THREADS) {
-    const int cost = (lengths[n] + CHUNK - 1) / CHUNK + TASK_COST;
+    const int cost = cost_of(lengths[n]);
     longest = max(longest, cost), work += cost;
   }
   atomicMax(&sums[0], longest);
@@ -53,53 +56,125 @@ __device__ bool is_meant(const fkda_sm90_params &params, int *lengths) {
 constexpr int MAX_DEALT =
     8; /* tasks a block, of which loads are added up; more come out even by themselves */
 
-/* shared.deal where short sequences stand beside longer ones: each block gets as many short tasks as lift its load, in chunks, to
- * a level that is the same for all and just takes all of them. Every block computes the same; ints of its own lie behind
- * the lengths. All threads of the block. */
+/* Where share_short() works, behind the lengths. */
+constexpr int MAX_CLASSES = 256; /* more than ints have values of four leading bits */
+template <class S>
+struct Sharing {
+  int loads[S::THREADS], levels[S::THREADS];      /* of blocks */
+  int first[MAX_CLASSES + 1], costs[MAX_CLASSES]; /* of a class: its first sequence in the order */
+  int64_t work;
+};
+
+/* shared.deal where short sequences stand beside longer ones: one block after the other gets as many short tasks as fit below a
+ * level of its load, in chunks, that is the same for all and about the lowest at which none is left over. Sequences of nearly
+ * the same cost are a class, of which one division says how many fit. Every block computes the same. All threads of the
+ * block. */
 template <class S>
 __device__ void share_short(const fkda_problem &p, Shared<S> &shared, const int *lengths,
-                            int64_t per_sequence) {
+                            int per_sequence) {
   Deal &deal = shared.deal;
+  Sharing<S> &sharing = *reinterpret_cast<Sharing<S> *>(shared.slots[0] + MAX_SORTED * sizeof(int));
+  static_assert(sizeof(shared.slots[0]) >= MAX_SORTED * sizeof(int) + sizeof(sharing), "scratch");
+  int *loads = sharing.loads, *levels = sharing.levels, *first = sharing.first;
+  int *costs = sharing.costs;
   const int N = (int)p.N, blocks = dealt_among<S>(), longer = deal.longer;
-  const int64_t dealt = longer * per_sequence, rest = N * per_sequence - dealt;
-  const int64_t work = rest * (TASK_COST + 1);
-  int *loads = reinterpret_cast<int *>(shared.slots[0]) + MAX_SORTED, *levels = loads + S::THREADS;
-  static_assert(sizeof(shared.slots[0]) >= (MAX_SORTED + 2 * S::THREADS) * sizeof(int), "scratch");
-  const int block = threadIdx.x;
-  if (block < blocks) {
+  const int dealt = longer * per_sequence, rest = (N - longer) * per_sequence;
+  const int lane = threadIdx.x % 32;
+  const bool shares = threadIdx.x >= S::THREADS - 32; /* a warp that has hardly a load to add up */
+  int classes = 0;
+  const auto cost_at = [&](int i) { return cost_of(lengths[shared.order[i]]); };
+  if (threadIdx.x < blocks) {
     int load = 0;
-    for (int64_t i = 0, task; (task = dealt_task(i, block, blocks)) < dealt; ++i)
-      load += (lengths[shared.order[task / per_sequence]] + CHUNK - 1) / CHUNK + TASK_COST;
-    loads[block] = load;
+    for (int i = 0, task; (task = (int)dealt_task(i, threadIdx.x, blocks)) < dealt; ++i)
+      load += cost_at(task / per_sequence);
+    loads[threadIdx.x] = load;
+  }
+  if (shares) {
+    const auto leading_bits = [](int cost) {
+      const int shift = max(28 - __clz(cost), 0);
+      return cost >> shift << shift;
+    };
+    for (int from = longer; from < N; from += 32) {
+      const int i = from + lane;
+      const bool begins =
+          i < N && (i == longer || leading_bits(cost_at(i)) != leading_bits(cost_at(i - 1)));
+      const uint32_t all = __ballot_sync(0xffffffffu, begins);
+      if (begins) first[classes + __popc(all & ((1u << lane) - 1))] = i;
+      classes += __popc(all);
+    }
+    if (lane == 0) first[classes] = N;
+    __syncwarp();
+    int64_t work = 0;
+    for (int i = lane; i < classes; i += 32) {
+      const int cost = (cost_at(first[i]) + cost_at(first[i + 1] - 1) + 1) / 2;
+      costs[i] = cost;
+      work += (int64_t)cost * ((first[i + 1] - first[i]) * per_sequence);
+    }
+    for (int step = 16; step; step /= 2) work += __shfl_xor_sync(0xffffffffu, work, step);
+    if (lane == 0) sharing.work = work;
   }
   __syncthreads();
-  if (block < blocks) {
+  for (int i = threadIdx.x; i < 4 * blocks; i += S::THREADS) { /* four threads a block */
     /* What fits below this block's load, and from there on with a part of the blocks: too high a level unless all
      * that are lower count, and of those the lowest is the right one. */
-    const int load = loads[block];
+    const int load = loads[i / 4];
+    const int64_t work = sharing.work;
     int64_t room = 0;
     int lower = 0;
-    for (int b = 0; b < blocks; ++b) {
+    for (int b = i % 4; b < blocks; b += 4) {
       if (loads[b] > load) continue;
       room += load - loads[b];
       ++lower;
     }
-    levels[block] = room > work ? INT32_MAX : load + (int)((work - room + lower - 1) / lower);
+    for (int step = 1; step < 4; step *= 2) {
+      const uint32_t four = 0xfu << (lane & ~3);
+      room += __shfl_xor_sync(four, room, step);
+      lower += __shfl_xor_sync(four, lower, step);
+    }
+    if (i % 4 == 0)
+      levels[i / 4] = room > work ? INT32_MAX : load + (int)((work - room + lower - 1) / lower);
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t before = 0, own = 0, all = 0;
+  if (shares) {
     int level = INT32_MAX;
-    for (int b = 0; b < blocks; ++b) level = levels[b] < level ? levels[b] : level;
+    for (int b = lane; b < blocks; b += 32) level = min(level, levels[b]);
+    level = __reduce_min_sync(0xffffffffu, level);
+    /* Nothing is left over at the level that is higher by the longest task, less one: a block that leaves the next task to
+     * others is then at the first level itself. Each lane tries one from here to there. */
+    level += lane * ((costs[0] + 29) / 31);
+    int at = 0, begin = 0, end = 0, i = 0, left = (first[1] - first[0]) * per_sequence;
+    float per_chunk = 1.f / costs[0];
+    const auto fit = [&](int room) { return max((int)((room + 0.5f) * per_chunk), 0); };
+    int next = loads[0];
+#pragma unroll 1
     for (int b = 0; b < blocks; ++b) {
-      const int room = level > loads[b] ? level - loads[b] : 0;
-      if (b < dealt_to<S>()) before += room;
-      if (b == dealt_to<S>()) own = room;
-      all += room;
+      int room = level - next;
+      next = loads[b + 1 < blocks ? b + 1 : b];
+      int tasks = fit(room);
+      if (b == dealt_to<S>()) begin = at;
+      while (tasks >= left) {
+        at += left;
+        room -= left * costs[i];
+        if (++i < classes) {
+          left = (first[i + 1] - first[i]) * per_sequence;
+          per_chunk = 1.f / costs[i];
+        } else { /* no task any more */
+          left = 1;
+          per_chunk = 0;
+        }
+        tasks = fit(room);
+      }
+      at += tasks;
+      left -= tasks;
+      if (b == dealt_to<S>()) end = at;
     }
-    deal.dealt = dealt;
-    deal.rest_begin = dealt + rest * before / all;
-    deal.rest_end = dealt + rest * (before + own) / all;
+    /* Loads beyond what f32 counts might leave some over, or offsets that are none: they are the last block's. */
+    const uint32_t enough = __ballot_sync(0xffffffffu, at == rest);
+    if (lane == (enough ? __ffs(enough) - 1 : 31)) {
+      deal.dealt = dealt;
+      deal.rest_begin = dealt + begin;
+      deal.rest_end = dealt + (dealt_to<S>() == blocks - 1 ? rest : end);
+    }
   }
 }
 
@@ -128,13 +203,17 @@ __device__ __noinline__ void deal_sequences(const fkda_sm90_params &params, Shar
     }
     sort_sequences(shared, lengths, N);
     __syncthreads();
+    /* Is the i-th one not short? It takes more than a chunk, and a quarter of the longest one's time. */
+    const auto is_longer = [&](int i) {
+      const int length = lengths[shared.order[i]];
+      return length > CHUNK && 4 * cost_of(length) > cost_of(lengths[shared.order[0]]);
+    };
     for (int i = threadIdx.x; i < N; i += S::THREADS)
-      if (lengths[shared.order[i]] > CHUNK && (i + 1 == N || lengths[shared.order[i + 1]] <= CHUNK))
-        deal.longer = i + 1;
+      if (is_longer(i) && (i + 1 == N || !is_longer(i + 1))) deal.longer = i + 1;
     __syncthreads();
     if (deal.longer && deal.longer < N && blocks <= S::THREADS &&
         deal.longer * per_sequence <= (int64_t)MAX_DEALT * blocks)
-      share_short(p, shared, lengths, per_sequence);
+      share_short(p, shared, lengths, (int)per_sequence);
   }
   __syncthreads();
   if (threadIdx.x == 0) deal.own = dealt_to_block<S>(deal.dealt);

@@ -89,7 +89,7 @@ using Barrier = cutlass::arch::ClusterTransactionBarrier;
  * After them it does those from rest_begin to rest_end: short ones, more where the others leave time. */
 struct Deal {
   int64_t dealt, rest_begin, rest_end;
-  int32_t own, longer; /* longer: sequences of more than a chunk */
+  int32_t own, longer; /* longer: sequences that are not short */
 };
 
 template <class S>
